@@ -1,0 +1,86 @@
+"""What every test shares: no network, the small preset, and nbval taught to compare figures."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+# Kernels and other child processes don't see the blocked sockets below; they inherit these instead.
+DEAD_PROXY = "http://127.0.0.1:9"
+CHILD_ENVIRONMENT = {
+    "HTTP_PROXY": DEAD_PROXY,
+    "HTTPS_PROXY": DEAD_PROXY,
+    "http_proxy": DEAD_PROXY,
+    "https_proxy": DEAD_PROXY,
+    "NO_PROXY": "localhost,127.0.0.1",
+    "no_proxy": "localhost,127.0.0.1",
+    "HF_HUB_OFFLINE": "1",
+    "MITOSEG_PRESET": "small",
+}
+NETWORK_ENVIRONMENT = {name: os.environ.get(name) for name in CHILD_ENVIRONMENT}
+os.environ.update(CHILD_ENVIRONMENT)
+
+_connect = socket.socket.connect
+
+
+def _connect_on_this_machine_only(self, address):
+    loopback = self.family == socket.AF_UNIX or str(address[0]) in {"127.0.0.1", "::1", "localhost"}
+    if not loopback:
+        raise OSError(f"a test tried to reach {address}, but tests run without a network")
+    return _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Kernels, test servers and browsers speak over loopback; nothing else may be reached."""
+    monkeypatch.setattr(socket.socket, "connect", _connect_on_this_machine_only)
+
+
+@pytest.fixture
+def network_environment():
+    """The environment as it was before the proxies were cut: only for installing packages."""
+    kept = {name: value for name, value in os.environ.items() if name not in CHILD_ENVIRONMENT}
+    return kept | {name: value for name, value in NETWORK_ENVIRONMENT.items() if value is not None}
+
+
+@pytest.fixture(scope="session")
+def epfl_folder():
+    """The folder of the real stacks; tests that want them skip where there are none."""
+    folder = os.environ.get("MITOSEG_DATA")
+    if not folder:
+        pytest.skip("MITOSEG_DATA names no folder with the real stacks")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def book_html():
+    """The built book: the one that `make book` left, if it is newer than its sources, else a fresh one."""
+    import book
+
+    if not book.is_current():
+        book.build()
+    return book.HTML
+
+
+def pytest_configure(config):
+    """Teach nbval to compare figures, and to overlook stderr (warnings differ between machines)."""
+    if not config.pluginmanager.hasplugin("nbval"):
+        return
+    from nbval.plugin import IPyNbCell, IPyNbFile
+
+    from nbval_figures import comparing_figures
+
+    if not hasattr(IPyNbCell.compare_outputs, "compares_figures"):
+        IPyNbCell.compare_outputs = comparing_figures(IPyNbCell.compare_outputs)
+        initialise = IPyNbFile.__init__
+
+        def with_stderr_skipped(self, *args, **kwargs):
+            initialise(self, *args, **kwargs)
+            self.skip_compare += ("stderr",)
+
+        IPyNbFile.__init__ = with_stderr_skipped

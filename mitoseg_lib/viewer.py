@@ -1,0 +1,403 @@
+"""Pictures of slices with scale bars, and a slice viewer that moves with a kernel and without one.
+
+Colours are from Okabe and Ito's palette, which the colour-blind can tell apart; labels and predictions differ in the
+line, too. Functions that draw with matplotlib return the figure and leave showing it to the caller.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from mitoseg_lib.stacks import Stack
+
+LABEL_COLOUR = "#E69F00"  # orange
+PREDICTION_COLOUR = "#56B4E9"  # sky blue
+CLASS_COLOURS = ("#009E73", "#E69F00", "#CC79A7")  # bluish green, orange, reddish purple
+CROSSHAIR_COLOUR = "#F0E442"  # yellow
+
+MAXIMUM_WIDTH = 420  # pixels; with quality and number of slices it keeps a page with a viewer small
+WEBP_QUALITY = 50
+
+Voxel = tuple[float, float, float]
+
+
+class SliceViewer(widgets.VBox):
+    """A slider under a picture that moves through the slices of a stack.
+
+    The pictures are stored with it, so that it works in a saved notebook and in the built book, where there is no
+    Python. Therefore it shows a few slices, evenly spread, reduced in size.
+
+    Parameters
+    ----------
+    image : ndarray
+        uint8, (z, y, x).
+    labels, prediction : ndarray, optional
+        bool, (z, y, x): drawn as outlines, labels in orange, the prediction in sky blue.
+    voxel_size_nm : tuple of float, optional
+        (z, y, x), for the scale bar and the depth.
+    n_slices : int
+        How many slices to show at most.
+
+    Raises
+    ------
+    ValueError
+        When the arrays aren't three-dimensional, differ in shape, or have another dtype.
+    """
+
+    def __init__(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.bool_] | None = None,
+        prediction: NDArray[np.bool_] | None = None,
+        *,
+        voxel_size_nm: Voxel | None = None,
+        n_slices: int = 16,
+    ) -> None:
+        _check_volume(image, labels, prediction)
+        if n_slices < 1:
+            raise ValueError(f"n_slices is {n_slices}, but a viewer needs 1 or more; use for example 16.")
+        self.slices = spread(len(image), n_slices)
+        self._depth = len(image)
+        pages = []
+        for z in self.slices:
+            outlines = {"labels": labels, "prediction": prediction}
+            here = {name: mask[z] for name, mask in outlines.items() if mask is not None}
+            picture = slice_picture(image[z], here, voxel_size_nm=voxel_size_nm)
+            pages.append(_page(picture, _caption(z, len(image), voxel_size_nm, here), list(here)))
+        super().__init__(self._linked(pages))
+
+    def _linked(self, pages: list[str]) -> list[widgets.Widget]:
+        """Return picture and slider, linked in the browser where ipywidgets can do that."""
+        slider = widgets.SelectionSlider(
+            options=[(str(z), i) for i, z in enumerate(self.slices)],
+            description="slice z",
+            continuous_update=True,
+            layout=widgets.Layout(width="100%", max_width=f"{MAXIMUM_WIDTH}px"),
+        )
+        if hasattr(widgets, "Stack"):
+            pictures = widgets.Stack([widgets.HTML(page) for page in pages], selected_index=0)
+            widgets.jslink((slider, "index"), (pictures, "selected_index"))
+        else:  # ipywidgets 7, as Colab has had it: Python turns the pages
+            pictures = widgets.HTML(pages[0])
+            slider.observe(lambda change: setattr(pictures, "value", pages[change["new"]]), "index")
+        return [pictures, slider]
+
+    def __repr__(self) -> str:
+        """Return a line without memory addresses, since outputs are compared."""
+        return f"SliceViewer({len(self.slices)} of {self._depth} slices)"
+
+
+def spread(n: int, count: int) -> list[int]:
+    """Return at most `count` indices of 0 .. n - 1, evenly spread, from the first to the last."""
+    return sorted({round(float(i)) for i in np.linspace(0, n - 1, min(n, count))})
+
+
+def scale_bar_nm(width_nm: float) -> float:
+    """Return a round length (1, 2 or 5 times a power of ten, in nm) of at most a third of a picture's width."""
+    power = 10.0 ** math.floor(math.log10(width_nm / 3))
+    return max(step * power for step in (1, 2, 5) if step * power <= width_nm / 3)
+
+
+def format_length(nm: float) -> str:
+    """Return a length in nm or µm, as ``"500 nm"`` or ``"2 µm"``."""
+    return f"{nm / 1000:g} µm" if nm >= 1000 else f"{nm:g} nm"
+
+
+def outline(mask: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
+    """Return the pixels of a mask (y, x) that lie within `width` pixels of its border, as bool (y, x)."""
+    return mask & ~ndimage.binary_erosion(mask, iterations=width, border_value=1)
+
+
+def slice_picture(
+    image: NDArray[np.uint8], masks: dict[str, NDArray[np.bool_]], *, voxel_size_nm: Voxel | None = None
+) -> Image.Image:
+    """Draw one slice with outlines and a scale bar.
+
+    Parameters
+    ----------
+    image : ndarray
+        uint8, (y, x).
+    masks : dict of ndarray
+        ``"labels"`` and ``"prediction"``: bool, (y, x).
+    voxel_size_nm : tuple of float, optional
+        (z, y, x); without it there is no scale bar.
+
+    Returns
+    -------
+    Image
+        RGB, at most `MAXIMUM_WIDTH` pixels wide, with square pixels.
+    """
+    size = _picture_size(image.shape, voxel_size_nm)
+    picture = Image.fromarray(image).convert("RGB").resize(size, Image.Resampling.BOX)
+    pixels = np.array(picture)
+    colours = {"labels": LABEL_COLOUR, "prediction": PREDICTION_COLOUR}
+    for name, mask in masks.items():
+        reduced = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)).astype(bool)
+        pixels[outline(reduced, 2 if name == "labels" else 1)] = _rgb(colours[name])
+    picture = Image.fromarray(pixels)
+    if voxel_size_nm is not None:
+        _draw_scale_bar(picture, image.shape[1] * voxel_size_nm[2])
+    return picture
+
+
+def show_slices(
+    images: Sequence[NDArray],
+    *,
+    titles: Sequence[str] | None = None,
+    labels: Sequence[NDArray[np.bool_] | None] | None = None,
+    predictions: Sequence[NDArray[np.bool_] | None] | None = None,
+    voxel_size_nm: Voxel | None = None,
+    columns: int | None = None,
+) -> Figure:
+    """Show slices side by side, with outlines and scale bars.
+
+    Parameters
+    ----------
+    images : sequence of ndarray
+        Each (y, x), or (y, x, 3) in colour: uint8 from 0 to 255, or float from 0 to 1.
+    titles : sequence of str, optional
+        One for each image.
+    labels, predictions : sequence, optional
+        One mask, bool (y, x), or None for each image; outlined in orange and, dashed, in sky blue.
+    voxel_size_nm : tuple of float, optional
+        (z, y, x); without it the picture says that its scale is unknown.
+    columns : int, optional
+        Pictures in a row; all of them, but at most four, if it isn't given.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        When there is no image, a list has another length, or a mask another shape than its image.
+    """
+    n = len(images)
+    lists = {"titles": titles, "labels": labels, "predictions": predictions}
+    if n == 0:
+        raise ValueError("There are 0 images, but one or more were expected; pass a list of slices.")
+    for name, values in lists.items():
+        if values is not None and len(values) != n:
+            raise ValueError(f"There are {n} images and {len(values)} {name}, but one for each is needed; add None.")
+    columns = min(n, columns or 4)
+    rows = math.ceil(n / columns)
+    height, width = images[0].shape[:2]
+    side = 8 / columns if columns > 1 else 4.5
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(side * columns, (side * height / width + 0.3) * rows), squeeze=False
+    )
+    for number, ax in enumerate(axes.ravel()):
+        ax.axis("off")
+        if number < n:
+            here = {name: values[number] if values is not None else None for name, values in lists.items()}
+            _show_slice(ax, images[number], here, voxel_size_nm)
+    fig.tight_layout(pad=0.4)
+    return fig
+
+
+def show_classes(
+    image: NDArray[np.uint8], classes: dict[str, NDArray[np.bool_]], *, voxel_size_nm: Voxel | None = None
+) -> Figure:
+    """Show one slice with up to three kinds of pixels laid over it in colours, with a legend and a scale bar.
+
+    Parameters
+    ----------
+    image : ndarray
+        uint8, (y, x).
+    classes : dict of ndarray
+        Name and mask, bool (y, x), of each kind: bluish green, orange, reddish purple, in this order.
+    voxel_size_nm : tuple of float, optional
+        (z, y, x); without it the picture says that its scale is unknown.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        When there are more than three kinds, or a mask has another shape than the image.
+    """
+    if len(classes) > len(CLASS_COLOURS):
+        raise ValueError(
+            f"There are {len(classes)} kinds of pixels, but only {len(CLASS_COLOURS)} colours; show fewer."
+        )
+    picture = np.repeat(image[..., None] / 255, 3, axis=2)
+    for (name, mask), colour in zip(classes.items(), CLASS_COLOURS, strict=False):
+        if mask.shape != image.shape:
+            raise ValueError(
+                f"The image has shape {image.shape} and the mask of {name!r} {mask.shape}, but they must be equal; "
+                "pass the same slice of both."
+            )
+        picture[mask] = 0.4 * picture[mask] + 0.6 * np.array(_rgb(colour)) / 255
+    fig = show_slices([picture], voxel_size_nm=voxel_size_nm)
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in CLASS_COLOURS[: len(classes)]]
+    fig.legend(handles, classes, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3, frameon=False)
+    return fig
+
+
+def show_views(stack: Stack, *, z: int, y: int, x: int) -> Figure:
+    """Show the three cuts through a voxel: xy, xz (below) and yz (right), each with lines where the others cut it.
+
+    Parameters
+    ----------
+    stack : Stack
+        With a voxel size, which gives the cuts their true proportions.
+    z, y, x : int
+        The voxel.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    StackError
+        When the voxel size is unknown.
+    ValueError
+        When the voxel lies outside the stack.
+    """
+    size = stack.require_voxel_size()
+    for axis, index, length in zip("zyx", (z, y, x), stack.shape, strict=True):
+        if not 0 <= index < length:
+            raise ValueError(f"{axis} is {index}, but the stack has {axis} from 0 to {length - 1}; choose one of them.")
+    depth, height, width = (n * s for n, s in zip(stack.shape, size, strict=True))
+    fig, axes = plt.subplots(
+        2, 2, figsize=(7, 7 * (height + depth) / (width + depth) + 0.4), width_ratios=[width, depth],
+        height_ratios=[height, depth], squeeze=False,
+    )  # fmt: skip
+    axes[1, 1].axis("off")
+    labels = stack.labels if stack.labels is not None else np.zeros((1, 1, 1), bool)
+    cuts = {
+        "xy": (axes[0, 0], lambda v: v[z], (x, y), size[1] / size[2], width / stack.shape[2]),
+        "xz": (axes[1, 0], lambda v: v[:, y], (x, z), size[0] / size[2], width / stack.shape[2]),
+        "yz": (axes[0, 1], lambda v: v[:, :, x].T, (z, y), size[1] / size[0], depth / stack.shape[0]),
+    }
+    for name, (ax, cut, (across, down), aspect, nm_a_pixel) in cuts.items():
+        mask = cut(labels) if stack.labels is not None else None
+        picture = cut(stack.image)
+        _show_slice(ax, picture, {"titles": name, "labels": mask}, None, note=False)
+        ax.set(aspect=aspect, xticks=[], yticks=[])
+        ax.axhline(down, color=CROSSHAIR_COLOUR, linewidth=0.7, linestyle=":")
+        ax.axvline(across, color=CROSSHAIR_COLOUR, linewidth=0.7, linestyle=":")
+        if name == "xy":
+            _add_scale_bar(ax, picture.shape, nm_a_pixel)
+    fig.tight_layout(pad=0.4)
+    return fig
+
+
+def _show_slice(
+    ax: Axes, image: NDArray, extras: dict[str, object], voxel_size_nm: Voxel | None, *, note: bool = True
+) -> None:
+    """Draw an image with its title, outlines and scale bar; values outside its own range stay comparable."""
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
+    if extras.get("titles"):
+        ax.set_title(extras["titles"], fontsize=9)
+    styles = {"labels": (LABEL_COLOUR, "solid"), "predictions": (PREDICTION_COLOUR, "dashed")}
+    for name, (colour, line) in styles.items():
+        mask = extras.get(name)
+        if mask is None:
+            continue
+        if mask.shape != image.shape:
+            raise ValueError(
+                f"The image has shape {image.shape} and its mask in {name} {mask.shape}, but they must be equal; "
+                "pass the same slice of both."
+            )
+        if mask.any() and not mask.all():
+            ax.contour(mask, [0.5], colors=colour, linewidths=1.2, linestyles=line)
+    if voxel_size_nm is not None:
+        ax.set_aspect(voxel_size_nm[1] / voxel_size_nm[2])
+        _add_scale_bar(ax, image.shape[:2], voxel_size_nm[2])
+    elif note:
+        _write(ax, 0.03, 0.03, "scale unknown")
+
+
+def _add_scale_bar(ax: Axes, shape: tuple[int, int], nm_a_pixel: float) -> None:
+    """Draw a white bar with a dark edge, and its length above it, at the lower left."""
+    height, width = shape
+    nm = scale_bar_nm(width * nm_a_pixel)
+    corner = (0.04 * width, 0.96 * height)
+    bar = Rectangle(corner, nm / nm_a_pixel, -0.015 * height, facecolor="white", edgecolor="black", linewidth=0.5)
+    ax.add_patch(bar)
+    _write(ax, 0.04, 0.07, format_length(nm))
+
+
+def _write(ax: Axes, across: float, up: float, text: str) -> None:
+    """Write white text with a dark edge, legible on any tissue; the place is in parts of the axes."""
+    edge = [withStroke(linewidth=2, foreground="black")]
+    ax.text(across, up, text, color="white", fontsize=8, transform=ax.transAxes, path_effects=edge)
+
+
+def _check_volume(image: NDArray, labels: NDArray | None, prediction: NDArray | None) -> None:
+    """Raise a ValueError unless these are a uint8 volume and its bool masks."""
+    if image.ndim != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"The image is {image.dtype} of shape {image.shape}, but uint8 (z, y, x) was expected; "
+            "load it with load_stack."
+        )
+    for name, mask in (("labels", labels), ("prediction", prediction)):
+        if mask is not None and (mask.shape != image.shape or mask.dtype != np.bool_):
+            raise ValueError(
+                f"The {name} are {mask.dtype} of shape {mask.shape}, but bool of the image's shape {image.shape} were "
+                "expected; compare with a threshold, or pass the same slices."
+            )
+
+
+def _picture_size(shape: tuple[int, int], voxel_size_nm: Voxel | None) -> tuple[int, int]:
+    """Return (width, height) in square pixels, reduced to `MAXIMUM_WIDTH`."""
+    height, width = shape
+    tall = voxel_size_nm[1] / voxel_size_nm[2] if voxel_size_nm is not None else 1
+    factor = min(1, MAXIMUM_WIDTH / width)
+    return max(1, round(width * factor)), max(1, round(height * tall * factor))
+
+
+def _draw_scale_bar(picture: Image.Image, width_nm: float) -> None:
+    """Draw a white bar on a dark ground, with its length, into the lower left corner."""
+    nm = scale_bar_nm(width_nm)
+    length = round(nm / width_nm * picture.width)
+    draw = ImageDraw.Draw(picture)
+    left, bottom = 8, picture.height - 8
+    draw.rectangle((left - 2, bottom - 6, left + length + 1, bottom + 1), fill="black")
+    draw.rectangle((left, bottom - 4, left + length - 1, bottom - 1), fill="white")
+    text = {"fill": "white", "font": ImageFont.load_default(13), "stroke_width": 2, "stroke_fill": "black"}
+    draw.text((left, bottom - 24), format_length(nm), **text)
+
+
+def _rgb(colour: str) -> tuple[int, ...]:
+    """Return (red, green, blue) of a colour written as ``#rrggbb``."""
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def _caption(z: int, depth: int, voxel_size_nm: Voxel | None, masks: dict[str, NDArray[np.bool_]]) -> str:
+    """Return the sentence that stands under a picture and is its alt text."""
+    deep = f", {format_length(z * voxel_size_nm[0])} deep" if voxel_size_nm is not None else ""
+    shown = " and ".join(f"{name} outlined" for name in masks)
+    return f"slice {z} of {depth}{deep}" + (f"; {shown}" if shown else "")
+
+
+def _page(picture: Image.Image, caption: str, names: list[str]) -> str:
+    """Return the HTML of one slice: picture, caption, legend."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="webp", quality=WEBP_QUALITY, method=6)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    colours = {"labels": LABEL_COLOUR, "prediction": PREDICTION_COLOUR}
+    legend = "".join(
+        f'<span style="border-bottom:3px solid {colours[name]};margin-left:1em">{name}</span>' for name in names
+    )
+    return (
+        f'<img alt="{caption}" src="data:image/webp;base64,{data}" style="max-width:100%;display:block">'
+        f'<div style="line-height:1.6">{caption.split(";")[0]}{legend}</div>'
+    )
