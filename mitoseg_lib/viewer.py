@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
@@ -25,10 +27,12 @@ from mitoseg_lib.stacks import Stack
 LABEL_COLOUR = "#E69F00"  # orange
 PREDICTION_COLOUR = "#56B4E9"  # sky blue
 CLASS_COLOURS = ("#009E73", "#E69F00", "#CC79A7")  # bluish green, orange, reddish purple
+OUTLINES = {"labels": (LABEL_COLOUR, "solid"), "predictions": (PREDICTION_COLOUR, "dashed")}
 CROSSHAIR_COLOUR = "#F0E442"  # yellow
 
-MAXIMUM_WIDTH = 420  # pixels; with quality and number of slices it keeps a page with a viewer small
-WEBP_QUALITY = 50
+MAXIMUM_SIDE = 420  # pixels; keeps the slider in view below the picture, and the page small
+MAXIMUM_BYTES = 290_000  # of all pictures of a viewer; base64 makes a third more of it
+WEBP_QUALITIES = (50, 40, 30, 25, 20, 10)  # the first one that keeps to MAXIMUM_BYTES is taken
 
 Voxel = tuple[float, float, float]
 
@@ -37,7 +41,8 @@ class SliceViewer(widgets.VBox):
     """A slider under a picture that moves through the slices of a stack.
 
     The pictures are stored with it, so that it works in a saved notebook and in the built book, where there is no
-    Python. Therefore it shows a few slices, evenly spread, reduced in size.
+    Python. Therefore it shows a few slices, evenly spread, reduced to at most `MAXIMUM_SIDE` pixels a side and, all
+    together, to about `MAXIMUM_BYTES`.
 
     Parameters
     ----------
@@ -46,14 +51,15 @@ class SliceViewer(widgets.VBox):
     labels, prediction : ndarray, optional
         bool, (z, y, x): drawn as outlines, labels in orange, the prediction in sky blue.
     voxel_size_nm : tuple of float, optional
-        (z, y, x), for the scale bar and the depth.
+        (z, y, x), for the scale bar and the depth; without it the caption says that the scale is unknown.
     n_slices : int
-        How many slices to show at most.
+        How many slices to show at most; above some 30 the pictures get poor.
 
     Raises
     ------
     ValueError
-        When the arrays aren't three-dimensional, differ in shape, or have another dtype.
+        When the arrays aren't three-dimensional, differ in shape, have another dtype or no voxels, or the voxel size
+        isn't three positive numbers.
     """
 
     def __init__(
@@ -66,16 +72,19 @@ class SliceViewer(widgets.VBox):
         n_slices: int = 16,
     ) -> None:
         _check_volume(image, labels, prediction)
+        _check_voxel_size(voxel_size_nm)
         if n_slices < 1:
             raise ValueError(f"n_slices is {n_slices}, but a viewer needs 1 or more; use for example 16.")
         self.slices = spread(len(image), n_slices)
         self._depth = len(image)
-        pages = []
-        for z in self.slices:
-            outlines = {"labels": labels, "prediction": prediction}
-            here = {name: mask[z] for name, mask in outlines.items() if mask is not None}
-            picture = slice_picture(image[z], here, voxel_size_nm=voxel_size_nm)
-            pages.append(_page(picture, _caption(z, len(image), voxel_size_nm, here), list(here)))
+        volumes = {"labels": labels, "prediction": prediction}
+        masks = {name: volume for name, volume in volumes.items() if volume is not None}
+        pictures = [
+            slice_picture(image[z], {name: mask[z] for name, mask in masks.items()}, voxel_size_nm=voxel_size_nm)
+            for z in self.slices
+        ]
+        captions = [_caption(z, len(image), voxel_size_nm) for z in self.slices]
+        pages = [_page(*pair, list(masks)) for pair in zip(_encode(pictures), captions, strict=True)]
         super().__init__(self._linked(pages))
 
     def _linked(self, pages: list[str]) -> list[widgets.Widget]:
@@ -84,7 +93,7 @@ class SliceViewer(widgets.VBox):
             options=[(str(z), i) for i, z in enumerate(self.slices)],
             description="slice z",
             continuous_update=True,
-            layout=widgets.Layout(width="100%", max_width=f"{MAXIMUM_WIDTH}px"),
+            layout=widgets.Layout(width="100%", max_width=f"{MAXIMUM_SIDE}px"),
         )
         if hasattr(widgets, "Stack"):
             pictures = widgets.Stack([widgets.HTML(page) for page in pages], selected_index=0)
@@ -107,7 +116,8 @@ def spread(n: int, count: int) -> list[int]:
 def scale_bar_nm(width_nm: float) -> float:
     """Return a round length (1, 2 or 5 times a power of ten, in nm) of at most a third of a picture's width."""
     power = 10.0 ** math.floor(math.log10(width_nm / 3))
-    return max(step * power for step in (1, 2, 5) if step * power <= width_nm / 3)
+    # 0.5 is there for a power that rounding made too large
+    return max(step * power for step in (0.5, 1, 2, 5) if step * power <= width_nm / 3)
 
 
 def format_length(nm: float) -> str:
@@ -116,7 +126,10 @@ def format_length(nm: float) -> str:
 
 
 def outline(mask: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
-    """Return the pixels of a mask (y, x) that lie within `width` pixels of its border, as bool (y, x)."""
+    """Return the pixels of a mask (y, x) that lie within `width` pixels of its border, as bool (y, x).
+
+    The edge of the picture is no border: where an object is cut off there, it stays open.
+    """
     return mask & ~ndimage.binary_erosion(mask, iterations=width, border_value=1)
 
 
@@ -137,7 +150,7 @@ def slice_picture(
     Returns
     -------
     Image
-        RGB, at most `MAXIMUM_WIDTH` pixels wide, with square pixels.
+        RGB, at most `MAXIMUM_SIDE` pixels wide and high, with square pixels.
     """
     size = _picture_size(image.shape, voxel_size_nm)
     picture = Image.fromarray(image).convert("RGB").resize(size, Image.Resampling.BOX)
@@ -166,7 +179,7 @@ def show_slices(
     Parameters
     ----------
     images : sequence of ndarray
-        Each (y, x), or (y, x, 3) in colour: uint8 from 0 to 255, or float from 0 to 1.
+        Each (y, x), or (y, x, 3) in colour: uint8 from 0 to 255, float from 0 to 1, or bool.
     titles : sequence of str, optional
         One for each image.
     labels, predictions : sequence, optional
@@ -183,7 +196,8 @@ def show_slices(
     Raises
     ------
     ValueError
-        When there is no image, a list has another length, or a mask another shape than its image.
+        When there is no image, one isn't two-dimensional or has another dtype, a list has another length, a mask
+        another shape than its image, or the voxel size isn't three positive numbers.
     """
     n = len(images)
     lists = {"titles": titles, "labels": labels, "predictions": predictions}
@@ -192,9 +206,10 @@ def show_slices(
     for name, values in lists.items():
         if values is not None and len(values) != n:
             raise ValueError(f"There are {n} images and {len(values)} {name}, but one for each is needed; add None.")
-    columns = min(n, columns or 4)
+    _check_voxel_size(voxel_size_nm)
+    columns = max(1, min(n, columns or 4))
     rows = math.ceil(n / columns)
-    height, width = images[0].shape[:2]
+    height, width = _check_slice(images[0]).shape[:2]
     side = 8 / columns if columns > 1 else 4.5
     fig, axes = plt.subplots(
         rows, columns, figsize=(side * columns, (side * height / width + 0.3) * rows), squeeze=False
@@ -205,6 +220,9 @@ def show_slices(
             here = {name: values[number] if values is not None else None for name, values in lists.items()}
             _show_slice(ax, images[number], here, voxel_size_nm)
     fig.tight_layout(pad=0.4)
+    if labels is not None and predictions is not None:
+        lines = [Line2D([], [], color=colour, linestyle=line) for colour, line in OUTLINES.values()]
+        _add_legend(fig, lines, list(OUTLINES))
     return fig
 
 
@@ -229,11 +247,15 @@ def show_classes(
     Raises
     ------
     ValueError
-        When there are more than three kinds, or a mask has another shape than the image.
+        When the image isn't a uint8 slice, there are more than three kinds, or a mask has another shape.
     """
     if len(classes) > len(CLASS_COLOURS):
         raise ValueError(
             f"There are {len(classes)} kinds of pixels, but only {len(CLASS_COLOURS)} colours; show fewer."
+        )
+    if image.ndim != 2 or image.dtype != np.uint8:
+        raise ValueError(
+            f"The image is {image.dtype} of shape {image.shape}, but uint8 (y, x) was expected; pass a slice."
         )
     picture = np.repeat(image[..., None] / 255, 3, axis=2)
     for (name, mask), colour in zip(classes.items(), CLASS_COLOURS, strict=False):
@@ -245,12 +267,14 @@ def show_classes(
         picture[mask] = 0.4 * picture[mask] + 0.6 * np.array(_rgb(colour)) / 255
     fig = show_slices([picture], voxel_size_nm=voxel_size_nm)
     handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in CLASS_COLOURS[: len(classes)]]
-    fig.legend(handles, classes, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3, frameon=False)
+    _add_legend(fig, handles, list(classes))
     return fig
 
 
 def show_views(stack: Stack, *, z: int, y: int, x: int) -> Figure:
     """Show the three cuts through a voxel: xy, xz (below) and yz (right), each with lines where the others cut it.
+
+    All three have the same scale, so that one bar serves them all.
 
     Parameters
     ----------
@@ -282,18 +306,19 @@ def show_views(stack: Stack, *, z: int, y: int, x: int) -> Figure:
     axes[1, 1].axis("off")
     labels = stack.labels if stack.labels is not None else np.zeros((1, 1, 1), bool)
     cuts = {
-        "xy": (axes[0, 0], lambda v: v[z], (x, y), size[1] / size[2], width / stack.shape[2]),
-        "xz": (axes[1, 0], lambda v: v[:, y], (x, z), size[0] / size[2], width / stack.shape[2]),
-        "yz": (axes[0, 1], lambda v: v[:, :, x].T, (z, y), size[1] / size[0], depth / stack.shape[0]),
+        f"xy, z = {z}": (axes[0, 0], lambda v: v[z], (x, y), size[1] / size[2], width / stack.shape[2]),
+        f"xz, y = {y}": (axes[1, 0], lambda v: v[:, y], (x, z), size[0] / size[2], width / stack.shape[2]),
+        f"yz, x = {x}": (axes[0, 1], lambda v: v[:, :, x].T, (z, y), size[1] / size[0], depth / stack.shape[0]),
     }
     for name, (ax, cut, (across, down), aspect, nm_a_pixel) in cuts.items():
         mask = cut(labels) if stack.labels is not None else None
         picture = cut(stack.image)
         _show_slice(ax, picture, {"titles": name, "labels": mask}, None, note=False)
         ax.set(aspect=aspect, xticks=[], yticks=[])
-        ax.axhline(down, color=CROSSHAIR_COLOUR, linewidth=0.7, linestyle=":")
-        ax.axvline(across, color=CROSSHAIR_COLOUR, linewidth=0.7, linestyle=":")
-        if name == "xy":
+        line = {"color": CROSSHAIR_COLOUR, "linewidth": 1, "linestyle": (0, (5, 3))}
+        ax.axhline(down, **line)
+        ax.axvline(across, **line)
+        if ax is axes[0, 0]:
             _add_scale_bar(ax, picture.shape, nm_a_pixel)
     fig.tight_layout(pad=0.4)
     return fig
@@ -302,16 +327,15 @@ def show_views(stack: Stack, *, z: int, y: int, x: int) -> Figure:
 def _show_slice(
     ax: Axes, image: NDArray, extras: dict[str, object], voxel_size_nm: Voxel | None, *, note: bool = True
 ) -> None:
-    """Draw an image with its title, outlines and scale bar; values outside its own range stay comparable."""
-    ax.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
+    """Draw an image with its title, outlines and scale bar; grey levels mean the same in every picture."""
+    ax.imshow(_check_slice(image), cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
     if extras.get("titles"):
         ax.set_title(extras["titles"], fontsize=9)
-    styles = {"labels": (LABEL_COLOUR, "solid"), "predictions": (PREDICTION_COLOUR, "dashed")}
-    for name, (colour, line) in styles.items():
+    for name, (colour, line) in OUTLINES.items():
         mask = extras.get(name)
         if mask is None:
             continue
-        if mask.shape != image.shape:
+        if mask.shape != image.shape[:2]:
             raise ValueError(
                 f"The image has shape {image.shape} and its mask in {name} {mask.shape}, but they must be equal; "
                 "pass the same slice of both."
@@ -335,6 +359,11 @@ def _add_scale_bar(ax: Axes, shape: tuple[int, int], nm_a_pixel: float) -> None:
     _write(ax, 0.04, 0.07, format_length(nm))
 
 
+def _add_legend(fig: Figure, handles: list[Artist], names: list[str]) -> None:
+    """Write a legend below the figure, which grows by it where it is saved with a tight box, as notebooks do."""
+    fig.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3, frameon=False)
+
+
 def _write(ax: Axes, across: float, up: float, text: str) -> None:
     """Write white text with a dark edge, legible on any tissue; the place is in parts of the axes."""
     edge = [withStroke(linewidth=2, foreground="black")]
@@ -343,10 +372,14 @@ def _write(ax: Axes, across: float, up: float, text: str) -> None:
 
 def _check_volume(image: NDArray, labels: NDArray | None, prediction: NDArray | None) -> None:
     """Raise a ValueError unless these are a uint8 volume and its bool masks."""
-    if image.ndim != 3 or image.dtype != np.uint8:
+    if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"The image is {image.dtype} of shape {image.shape}, but uint8 (z, y, x) was expected; "
-            "load it with load_stack."
+            f"The image is a {type(image).__name__}, but an array was expected; pass for example stack.image."
+        )
+    if image.ndim != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(
+            f"The image is {image.dtype} of shape {image.shape}, but uint8 (z, y, x) with at least one voxel was "
+            "expected; load it with load_stack."
         )
     for name, mask in (("labels", labels), ("prediction", prediction)):
         if mask is not None and (mask.shape != image.shape or mask.dtype != np.bool_):
@@ -356,12 +389,36 @@ def _check_volume(image: NDArray, labels: NDArray | None, prediction: NDArray | 
             )
 
 
+def _check_slice(image: NDArray) -> NDArray:
+    """Return an image (y, x) or (y, x, 3) that can be drawn, or raise a ValueError."""
+    drawable = image.dtype in (np.uint8, np.bool_) or np.issubdtype(image.dtype, np.floating)
+    flat = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+    if not flat or image.size == 0 or not drawable:
+        raise ValueError(
+            f"An image is {image.dtype} of shape {image.shape}, but uint8, float or bool (y, x) or (y, x, 3) was "
+            "expected; pass one slice, for example stack.image[0]."
+        )
+    return image
+
+
+def _check_voxel_size(voxel_size_nm: Voxel | None) -> None:
+    """Raise a ValueError unless this is None or three positive numbers."""
+    if voxel_size_nm is None:
+        return
+    if len(voxel_size_nm) != 3 or not all(math.isfinite(nm) and nm > 0 for nm in voxel_size_nm):
+        raise ValueError(
+            f"voxel_size_nm is {voxel_size_nm}, but three positive numbers (z, y, x) were expected; "
+            "pass for example (5, 5, 5), or None where it is unknown."
+        )
+
+
 def _picture_size(shape: tuple[int, int], voxel_size_nm: Voxel | None) -> tuple[int, int]:
-    """Return (width, height) in square pixels, reduced to `MAXIMUM_WIDTH`."""
+    """Return (width, height) in square pixels, reduced to `MAXIMUM_SIDE`."""
     height, width = shape
-    tall = voxel_size_nm[1] / voxel_size_nm[2] if voxel_size_nm is not None else 1
-    factor = min(1, MAXIMUM_WIDTH / width)
-    return max(1, round(width * factor)), max(1, round(height * tall * factor))
+    if voxel_size_nm is not None:
+        height = height * voxel_size_nm[1] / voxel_size_nm[2]
+    factor = min(1, MAXIMUM_SIDE / max(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def _draw_scale_bar(picture: Image.Image, width_nm: float) -> None:
@@ -381,23 +438,34 @@ def _rgb(colour: str) -> tuple[int, ...]:
     return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def _caption(z: int, depth: int, voxel_size_nm: Voxel | None, masks: dict[str, NDArray[np.bool_]]) -> str:
-    """Return the sentence that stands under a picture and is its alt text."""
-    deep = f", {format_length(z * voxel_size_nm[0])} deep" if voxel_size_nm is not None else ""
-    shown = " and ".join(f"{name} outlined" for name in masks)
-    return f"slice {z} of {depth}{deep}" + (f"; {shown}" if shown else "")
+def _caption(z: int, depth: int, voxel_size_nm: Voxel | None) -> str:
+    """Return the words that stand under a picture and begin its alt text."""
+    deep = f"{format_length(z * voxel_size_nm[0])} deep" if voxel_size_nm is not None else "scale unknown"
+    return f"slice {z} of 0 to {depth - 1}, {deep}"
 
 
-def _page(picture: Image.Image, caption: str, names: list[str]) -> str:
+def _encode(pictures: list[Image.Image]) -> list[bytes]:
+    """Return pictures as WebP, in the best quality that keeps all of them together to `MAXIMUM_BYTES`."""
+    for quality in WEBP_QUALITIES:
+        encoded = []
+        for picture in pictures:
+            buffer = io.BytesIO()
+            picture.save(buffer, format="webp", quality=quality)
+            encoded.append(buffer.getvalue())
+        if sum(map(len, encoded)) <= MAXIMUM_BYTES:
+            break
+    return encoded
+
+
+def _page(webp: bytes, caption: str, names: list[str]) -> str:
     """Return the HTML of one slice: picture, caption, legend."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="webp", quality=WEBP_QUALITY, method=6)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(webp).decode()
+    alt = caption + (f"; {' and '.join(names)} outlined" if names else "")
     colours = {"labels": LABEL_COLOUR, "prediction": PREDICTION_COLOUR}
     legend = "".join(
         f'<span style="border-bottom:3px solid {colours[name]};margin-left:1em">{name}</span>' for name in names
     )
     return (
-        f'<img alt="{caption}" src="data:image/webp;base64,{data}" style="max-width:100%;display:block">'
-        f'<div style="line-height:1.6">{caption.split(";")[0]}{legend}</div>'
+        f'<img alt="{alt}" src="data:image/webp;base64,{data}" style="max-width:100%;display:block">'
+        f'<div style="line-height:1.6">{caption}{legend}</div>'
     )

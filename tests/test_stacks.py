@@ -8,6 +8,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 
 from mitoseg_lib.stacks import Stack, StackError, file_sha256, load_stack, read_mask, to_uint8, verify_sha256
 
@@ -83,6 +84,21 @@ def test_wider_types_become_uint8_by_the_rule(tmp_path, dtype, options):
     stack = load_stack(write(tmp_path / "stack.tif", values, **options))
     assert (stack.image == to_uint8(values)).all()
     assert stack.image.min() == 0 and stack.image.max() == 255
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd"])
+@pytest.mark.parametrize("mode", ["L", "I;16", "F", "1"])
+def test_files_of_another_writer(tmp_path, mode, compression):
+    """Pillow writes TIFF by itself, and with libtiff where it compresses."""
+    values = {"L": grey(), "I;16": grey("uint16") * 200, "F": grey("float32"), "1": mask() > 0}[mode]
+    pages = [Image.fromarray(page) for page in values]
+    assert pages[0].mode == mode
+    path = tmp_path / "stack.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:], compression=compression)
+    if mode == "1":
+        assert (read_mask(path) == values).all()
+    else:
+        assert (load_stack(path).image == to_uint8(values)).all()
 
 
 def test_one_slice_is_a_stack_if_the_file_says_so(tmp_path):

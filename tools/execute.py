@@ -52,12 +52,25 @@ def run(notebook: nbformat.NotebookNode, folder: Path, preset: str) -> list[str]
     return notebook.cells.pop().outputs[0].text.split()
 
 
+def joined_streams(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs with text that arrived in pieces put together, so that it is shown in one block."""
+    joined = []
+    for output in outputs:
+        if joined and output.output_type == "stream" and output.get("name") == joined[-1].get("name"):
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
 def tidy(notebook: nbformat.NotebookNode, preset: str) -> None:
     """Keep what readers and tests need; drop what changes with every run or machine."""
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = joined_streams(cell.outputs)
         if cell.cell_type == "code" and preset == "full":  # progress bars; in the small preset a test finds them
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
 

@@ -24,9 +24,8 @@ from importlib.util import find_spec
 if find_spec("google") and find_spec("google.colab"):
     url = "{url}"
     url = os.environ.get("MITOSEG_REPOSITORY", url)
-    if not os.path.exists("{folder}"):
-        clone = ["git", "clone", "--quiet", "--depth=1", url, "{folder}"]
-        subprocess.run(clone, check=True)
+    clone = ["git", "clone", "--quiet", "--depth=1", url, "{folder}"]
+    subprocess.run(clone, check=not os.path.exists("{folder}"))
     sys.path.insert(0, os.path.abspath("{folder}"))
     from mitoseg_lib.colab import install_missing
 
