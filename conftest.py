@@ -24,6 +24,8 @@ CHILD_ENVIRONMENT = {
 }
 NETWORK_ENVIRONMENT = {name: os.environ.get(name) for name in CHILD_ENVIRONMENT}
 os.environ.update(CHILD_ENVIRONMENT)
+if os.environ.get("MITOSEG_DATA"):  # tests and kernels run in other folders than this one
+    os.environ["MITOSEG_DATA"] = os.path.abspath(os.environ["MITOSEG_DATA"])
 
 _connect = socket.socket.connect
 

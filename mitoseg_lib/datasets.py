@@ -148,8 +148,8 @@ def _given_folder() -> Path | None:
     missing = [name for name in EPFL_FILES if not (folder / name).is_file()]
     if missing:
         raise StackError(
-            f"MITOSEG_DATA names a folder without {', '.join(missing)}, but all four of {', '.join(EPFL_FILES)} were"
-            " expected; name another folder, or unset it."
+            f"MITOSEG_DATA is {given!r}, a folder without {', '.join(missing)}, but all four of"
+            f" {', '.join(EPFL_FILES)} were expected; name another folder, or unset it."
         )
     return folder
 

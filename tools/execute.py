@@ -43,6 +43,8 @@ def run(notebook: nbformat.NotebookNode, folder: Path, preset: str) -> list[str]
         notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     environment = os.environ | {"MITOSEG_PRESET": preset}
+    if "MITOSEG_DATA" in environment:  # the kernel runs in the chapter's folder, so a relative path would break
+        environment["MITOSEG_DATA"] = os.path.abspath(environment["MITOSEG_DATA"])
     with client.setup_kernel(env=environment):
         for number, cell in enumerate(notebook.cells):
             client.execute_cell(cell, number)

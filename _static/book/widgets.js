@@ -4,7 +4,7 @@
     const slider = handle.closest(".widget-inline-hbox, .jupyter-widget-inline-hbox, .widget-hbox");
     const label = slider && slider.querySelector(".widget-label, .jupyter-widget-label");
     handle.setAttribute("aria-label", (label && label.textContent.trim()) || "slider");
-    const readout = slider.querySelector(".widget-readout, .jupyter-widget-readout");
+    const readout = slider && slider.querySelector(".widget-readout, .jupyter-widget-readout");
     if (readout) {
       const tell = () => handle.setAttribute("aria-valuetext", readout.textContent.trim());
       tell();
