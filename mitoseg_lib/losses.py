@@ -12,8 +12,8 @@ from torch.nn import functional as F
 class DiceLoss(nn.Module):
     """One minus the Dice coefficient of probabilities p and truth t.
 
-    The plain form is ``1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)``. The squared form, of V-Net
-    (see References), has ``sum(p^2) + sum(t^2)`` in the denominator. For binary p and t both are equal, since 0 and 1 are
+    The plain form is ``1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth)``. The squared form, of V-Net (see
+    References), has ``sum(p^2) + sum(t^2)`` in the denominator. For binary p and t both are equal, since 0 and 1 are
     their own squares; for probabilities in between they differ, in value and in gradient.
 
     `smooth` stands in the numerator **and** in the denominator, so that an empty prediction of an empty truth
@@ -129,13 +129,9 @@ def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             "must be equal; add or remove the channel axis, for example with targets[:, None]."
         )
     if logits.numel() == 0:
-        raise ValueError(
-            f"The logits have shape {tuple(logits.shape)}, so there is no voxel; pass one sample or more."
-        )
+        raise ValueError(f"The logits have shape {tuple(logits.shape)}, so there is no voxel; pass one sample or more.")
     if not logits.is_floating_point():
-        raise ValueError(
-            f"The logits are {logits.dtype}, but they must be floating; pass the model's raw output."
-        )
+        raise ValueError(f"The logits are {logits.dtype}, but they must be floating; pass the model's raw output.")
     # Sums over a batch overflow float16 (65504) and lose digits in bfloat16, so never compute in those.
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if targets.dtype != torch.bool:

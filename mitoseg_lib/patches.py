@@ -79,9 +79,7 @@ class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
         _check_at_least("patches_per_epoch", patches_per_epoch, 1)
         _check_at_least("seed", seed, 0)
         if not 0 <= foreground_share <= 1:
-            raise ValueError(
-                f"foreground_share is {foreground_share}, but it must lie in [0, 1]; use for example 0.5."
-            )
+            raise ValueError(f"foreground_share is {foreground_share}, but it must lie in [0, 1]; use for example 0.5.")
         self.patches_per_epoch = patches_per_epoch
         self.seed = seed
         self.augmentation = augmentation
@@ -296,9 +294,7 @@ def rotate(image: Image, mask: Mask, degrees: float, *, border: str = "reflect")
     """
     _check_pair(image, mask)
     if border not in ("reflect", "constant"):
-        raise ValueError(
-            f"The border is {border!r}, but it must be 'reflect' or 'constant'; choose one of them."
-        )
+        raise ValueError(f"The border is {border!r}, but it must be 'reflect' or 'constant'; choose one of them.")
     turn = TrainAugmentation([_affine(rotate=(degrees, degrees), border=border)], square_only=False)
     return turn(image, mask, 0)
 

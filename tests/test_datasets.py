@@ -271,7 +271,7 @@ def test_a_given_folder_without_the_files(cache, tmp_path, monkeypatch):
         monkeypatch.setenv("MITOSEG_DATA", str(folder))
         for call in (fetch_epfl, lambda: load_epfl("training")):
             text = message_of(call)
-            assert "MITOSEG_DATA" in text and "testing_groundtruth.tif" in text and str(tmp_path) not in text
+            assert f"MITOSEG_DATA is {str(folder)!r}" in text and "testing_groundtruth.tif" in text
 
 
 def test_a_given_folder_with_another_stack(cache, tmp_path, monkeypatch):

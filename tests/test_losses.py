@@ -124,9 +124,7 @@ def test_printing_shows_the_settings():
 def test_dice_agrees_with_monai(squared, per_sample, smooth, shape):
     logits, truth = random_batch(shape=shape)
     truth[0] = False
-    theirs = MonaiDiceLoss(
-        sigmoid=True, squared_pred=squared, batch=not per_sample, smooth_nr=smooth, smooth_dr=smooth
-    )
+    theirs = MonaiDiceLoss(sigmoid=True, squared_pred=squared, batch=not per_sample, smooth_nr=smooth, smooth_dr=smooth)
     ours = DiceLoss(squared=squared, smooth=smooth, per_sample=per_sample)
     torch.testing.assert_close(ours(logits, truth), theirs(logits, truth.float()))
 
@@ -249,9 +247,7 @@ def test_the_order_of_voxels_does_not_matter(truth, order):
 
 @LOSSES
 def test_shapes_that_differ(loss_class):
-    with pytest.raises(
-        ValueError, match=r"shape \(2, 1, 4, 4\) and the targets \(2, 4, 4\).*targets\[:, None\]"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 4, 4\) and the targets \(2, 4, 4\).*targets\[:, None\]"):
         loss_class()(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
 
 

@@ -217,9 +217,7 @@ def test_arrays_and_tensors_may_be_mixed_reversed_and_read_only(pair):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_probabilities_must_be_thresholded_first(pair, dtype):
     for convert in (np.asarray, torch.from_numpy):
-        with pytest.raises(
-            ValueError, match=r"The prediction is float.*threshold it first.*prediction >= 0\.5"
-        ):
+        with pytest.raises(ValueError, match=r"The prediction is float.*threshold it first.*prediction >= 0\.5"):
             scores(convert(pair[0].astype(dtype)), pair[1])
         with pytest.raises(ValueError, match="The truth is float"):
             scores(pair[0], convert(pair[1].astype(dtype)))

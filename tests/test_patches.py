@@ -461,9 +461,7 @@ def test_augmenting_something_else(change):
 
 
 def test_quarter_turns_of_a_patch_that_is_not_square():
-    dataset = PatchDataset(
-        coded_stack(), patch_size=(2, 4), patches_per_epoch=1, augmentation=train_augmentation()
-    )
+    dataset = PatchDataset(coded_stack(), patch_size=(2, 4), patches_per_epoch=1, augmentation=train_augmentation())
     with pytest.raises(ValueError, match="quarter turns need a square one"):
         dataset[0]
 
