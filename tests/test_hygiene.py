@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = execute.chapters()
 MODULE_ORDER = [
     "errors",
-    "tiff_metadata",
-    "tiff_directories",
+    "tiff.metadata",
+    "tiff.directories",
+    "tiff.volume",
     "tiff",
     "stacks",
     "datasets",
-    "phantom_shapes",
-    "phantom_scene",
+    "phantom.shapes",
+    "phantom.scene",
     "phantom",
     "splits",
     "patches",
@@ -155,20 +156,34 @@ def test_a_chapter_stays_small(path):
 
 
 def library_modules():
-    return sorted((ROOT / "mitoseg_lib").glob("*.py"))
+    return sorted((ROOT / "mitoseg_lib").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", library_modules(), ids=[p.stem for p in library_modules()])
+def module_name(path):
+    parts = path.relative_to(ROOT / "mitoseg_lib").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+per_module = pytest.mark.parametrize("path", library_modules(), ids=map(module_name, library_modules()))
+
+
+def imported_modules(path):
+    """Modules of the library that a file imports, by their names inside it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mitoseg_lib":
+            inside = node.module.removeprefix("mitoseg_lib").removeprefix(".")
+            yield inside
+            yield from (f"{inside}.{alias.name}".removeprefix(".") for alias in node.names)
+
+
+@per_module
 def test_modules_import_only_from_above(path):
-    if path.stem not in MODULE_ORDER:
+    if module_name(path) not in MODULE_ORDER:
         return
-    tree = ast.parse(path.read_text())
-    imported = {n.module.split(".")[1] for n in ast.walk(tree)
-                if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("mitoseg_lib.")}  # fmt: skip
-    imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "mitoseg_lib"
-                 for a in n.names}  # fmt: skip
-    own = MODULE_ORDER.index(path.stem)
-    assert all(MODULE_ORDER.index(name) < own for name in imported if name in MODULE_ORDER)
+    own = MODULE_ORDER.index(module_name(path))
+    for name in set(imported_modules(path)) & set(MODULE_ORDER):
+        inside_own_package = name == module_name(path).rpartition(".")[0]  # the way to a neighbour in a package
+        assert MODULE_ORDER.index(name) < own or inside_own_package, name
 
 
 def public_functions(path):
@@ -177,7 +192,7 @@ def public_functions(path):
             yield node
 
 
-@pytest.mark.parametrize("path", library_modules(), ids=[p.stem for p in library_modules()])
+@per_module
 def test_functions_have_at_most_six_arguments_and_pass_no_kwargs_on(path):
     for node in public_functions(path):
         names = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]

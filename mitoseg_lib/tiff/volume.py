@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import tifffile
 
-from mitoseg_lib import tiff_directories as tags
 from mitoseg_lib.errors import FilePath, StackError, damaged, named_errors, require_file
-from mitoseg_lib.tiff_directories import Directory, TiffFile
-from mitoseg_lib.tiff_metadata import Description, VoxelSize, read_description, voxel_size
+from mitoseg_lib.tiff import directories as tags
+from mitoseg_lib.tiff.directories import Directory, TiffFile
+from mitoseg_lib.tiff.metadata import Description, VoxelSize, read_description, voxel_size
 
 UNSIGNED, SIGNED, FLOAT, COMPLEX_INTEGER, COMPLEX = 1, 2, 3, 5, 6  # values of SampleFormat
 DATA_TYPES = {

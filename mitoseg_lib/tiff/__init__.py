@@ -1,0 +1,8 @@
+"""TIFF files read strictly, as volumes: directories to pages, descriptions to voxel sizes, pages to a volume.
+
+`mitoseg_lib.stacks` is the door; nothing else needs to come in here.
+"""
+
+from mitoseg_lib.tiff.volume import read_volume
+
+__all__ = ["read_volume"]
