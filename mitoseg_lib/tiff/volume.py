@@ -38,6 +38,7 @@ LARGEST_RATIO = {UNCOMPRESSED: 1, 5: 2731, 8: 1032, 32773: 64, 32946: 1032}
 LARGEST_RATIO_OF_OTHERS = 50_000
 LARGEST_SEGMENT = 2**40  # bytes; larger ones would overflow in sums
 ALIGNMENT = 16  # writers leave less than these bytes free between two parts of a file
+READ_SIZE = 2**24  # bytes in one call
 JPEG_COMPRESSIONS = {6, 7, 33007, 34892}
 
 
@@ -241,15 +242,24 @@ def _read_plain(file: TiffFile, layout: Layout, volume: np.ndarray) -> None:
     target = memoryview(volume.reshape(-1).view(np.uint8))
     offsets, sizes = layout.offsets.ravel(), layout.sizes.ravel()
     runs = np.flatnonzero(np.r_[True, offsets[1:] != offsets[:-1] + sizes[:-1]])
-    position = 0
-    for offset, size in zip(offsets[runs].tolist(), np.add.reduceat(sizes, runs).tolist(), strict=True):
-        file.stream.seek(offset)
-        end = position + size
-        while position < end:  # one call reads at most 2 GiB
-            got = file.stream.readinto(target[position:end])
-            if not got:
+    lengths = np.add.reduceat(sizes, runs)
+    starts = np.cumsum(lengths) - lengths
+    pieces = [
+        (start + done, offset + done, min(READ_SIZE, length - done))
+        for start, offset, length in zip(starts.tolist(), offsets[runs].tolist(), lengths.tolist(), strict=True)
+        for done in range(0, length, READ_SIZE)
+    ]
+
+    def read_piece(piece: tuple[int, int, int]) -> None:
+        position, offset, size = piece
+        with open(file.stream.name, "rb", buffering=0) as stream:  # a position of its own for each thread
+            stream.seek(offset)
+            if stream.readinto(target[position : position + size]) != size:
                 raise damaged("it became shorter while it was read")
-            position += got
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # copying is what takes the time
+        for _ in pool.map(read_piece, pieces):
+            pass
 
 
 def _decode(file: TiffFile, layout: Layout, volume: np.ndarray) -> None:
