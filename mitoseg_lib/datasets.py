@@ -30,7 +30,7 @@ EXAMPLE_VOXEL_NM = (5.0, 5.0, 5.0)
 
 
 def load_example(part: str) -> Stack:
-    """Load a bundled synthetic stack, about 60 x 450 x 450 voxels of 5 nm, with its exact labels.
+    """Load a bundled synthetic stack, 60 x 432 x 432 voxels of 5 nm, with its exact labels.
 
     Parameters
     ----------

@@ -23,6 +23,8 @@ MODULE_ORDER = [
     "datasets",
     "phantom.shapes",
     "phantom.scene",
+    "phantom.drawing",
+    "phantom.bundled",
     "phantom",
     "splits",
     "patches",
@@ -135,6 +137,13 @@ def test_code_cells_are_short(path):
     assert lines[-1] <= 25
     assert sum(n <= 15 for n in lines) >= 0.9 * len(lines)
     assert lines[len(lines) // 2] <= 6
+
+
+@per_chapter
+def test_code_in_solutions_fits_the_page(path):
+    for cell in cells(path, "markdown"):
+        for block in re.findall(r"```python\n(.*?)```", cell.source, flags=re.S):
+            assert max(map(len, block.splitlines())) <= 88, block
 
 
 @per_chapter
