@@ -8,8 +8,10 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import ipywidgets as widgets
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.artist import Artist
@@ -33,6 +35,8 @@ CROSSHAIR_COLOUR = "#F0E442"  # yellow
 MAXIMUM_SIDE = 420  # pixels; keeps the slider in view below the picture, and the page small
 MAXIMUM_BYTES = 290_000  # of all pictures of a viewer; base64 makes a third more of it
 WEBP_QUALITIES = (50, 40, 30, 25, 20, 10)  # the first one that keeps to MAXIMUM_BYTES is taken
+
+FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))  # Pillow's own lacks the µ
 
 Voxel = tuple[float, float, float]
 
@@ -429,7 +433,7 @@ def _draw_scale_bar(picture: Image.Image, width_nm: float) -> None:
     left, bottom = 8, picture.height - 8
     draw.rectangle((left - 2, bottom - 6, left + length + 1, bottom + 1), fill="black")
     draw.rectangle((left, bottom - 4, left + length - 1, bottom - 1), fill="white")
-    text = {"fill": "white", "font": ImageFont.load_default(13), "stroke_width": 2, "stroke_fill": "black"}
+    text = {"fill": "white", "font": ImageFont.truetype(FONT, 13), "stroke_width": 2, "stroke_fill": "black"}
     draw.text((left, bottom - 24), format_length(nm), **text)
 
 

@@ -367,3 +367,12 @@ def test_show_views_needs_a_voxel_size_and_a_voxel_inside():
     stack = Stack(np.zeros((4, 5, 6), np.uint8), voxel_size_nm=NM)
     with pytest.raises(ValueError, match="y is 5, but the stack has y from 0 to 4"):
         show_views(stack, z=0, y=5, x=0)
+
+
+def test_the_font_has_every_sign_that_a_scale_bar_needs():
+    from PIL import ImageFont
+
+    font = ImageFont.truetype(viewer.FONT, 13)
+    missing = bytes(font.getmask("\U0010fffe"))
+    for sign in "0123456789.nmµ":
+        assert bytes(font.getmask(sign)) != missing, sign
