@@ -36,6 +36,7 @@ MAXIMUM_SIDE = 420  # pixels; keeps the slider in view below the picture, and th
 MAXIMUM_BYTES = 290_000  # of all pictures of a viewer; base64 makes a third more of it
 WEBP_QUALITIES = (50, 40, 30, 25, 20, 10)  # the first one that keeps to MAXIMUM_BYTES is taken
 
+FIGURE_DPI = 84  # a page shows 8 inches of it pixel by pixel; more would only make notebooks larger
 FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))  # Pillow's own lacks the µ
 
 Voxel = tuple[float, float, float]
@@ -216,7 +217,7 @@ def show_slices(
     height, width = _check_slice(images[0]).shape[:2]
     side = 8 / columns if columns > 1 else 4.5
     fig, axes = plt.subplots(
-        rows, columns, figsize=(side * columns, (side * height / width + 0.3) * rows), squeeze=False
+        rows, columns, figsize=(side * columns, (side * height / width + 0.3) * rows), squeeze=False, dpi=FIGURE_DPI
     )
     for number, ax in enumerate(axes.ravel()):
         ax.axis("off")
@@ -305,7 +306,7 @@ def show_views(stack: Stack, *, z: int, y: int, x: int) -> Figure:
     depth, height, width = (n * s for n, s in zip(stack.shape, size, strict=True))
     fig, axes = plt.subplots(
         2, 2, figsize=(7, 7 * (height + depth) / (width + depth) + 0.4), width_ratios=[width, depth],
-        height_ratios=[height, depth], squeeze=False,
+        height_ratios=[height, depth], squeeze=False, dpi=FIGURE_DPI,
     )  # fmt: skip
     axes[1, 1].axis("off")
     labels = stack.labels if stack.labels is not None else np.zeros((1, 1, 1), bool)
