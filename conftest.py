@@ -56,7 +56,7 @@ def epfl_folder():
     folder = os.environ.get("MITOSEG_DATA")
     if not folder:
         pytest.skip("MITOSEG_DATA names no folder with the real stacks")
-    return Path(folder).resolve()
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")
