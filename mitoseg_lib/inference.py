@@ -1,0 +1,351 @@
+"""From a trained model and a stack to probabilities, and from probabilities to a mask.
+
+A slice that a model takes whole needs no tiles: no seams, no overlap computed twice, and no voxel that sees less of
+its surroundings than another. Only volumes for a 3D model, and slices too large for memory, are cut into windows.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mitoseg_lib.metrics import Scores
+
+__all__ = ["choose_threshold", "is_bf16_native", "median_filter_z", "predict_stack"]
+
+WINDOW_3D = (32, 128, 128)  # voxels at a time for a 3D model: under 2 GB with the default U-Net
+OVERLAP = 0.25  # of neighbouring windows, of a side
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))  # 0.05 to 0.95
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+def predict_stack(
+    model: nn.Module,
+    image: NDArray[np.uint8],
+    *,
+    batch_size: int | None = None,
+    precision: str = "auto",
+    window: int | Sequence[int] | None = None,
+    progress: bool = False,
+) -> NDArray[np.float32]:
+    """Return the probability of being foreground for each voxel of a stack.
+
+    The model runs in ``eval()`` on the device where it is, without gradients, and is left as it was found. Sides that
+    the model can't take are continued by reflection at their ends, and cut off again.
+
+    Parameters
+    ----------
+    model : Module
+        From grey levels in [0, 1], (n, 1, y, x) or, with ``model.ndim == 3``, (n, 1, z, y, x), to logits of the same
+        shape. Its `size_multiple` says what its sides must be multiples of; 32 is assumed if it has none.
+    image : ndarray
+        uint8, (z, y, x), of any size.
+    batch_size : int, optional
+        Slices (or windows) at a time: 1 on the CPU and 4 on a GPU by default. It is halved, again and again if need
+        be, when a GPU's memory doesn't suffice.
+    precision : {"auto", "fp32", "bf16"}
+        "bf16" lets convolutions run on 16-bit numbers: probabilities change in the third digit, in exchange for two
+        to three times the speed where the processor has instructions for it. "auto" takes it there and "fp32"
+        elsewhere. With "fp32" probabilities are the same for any batch size within 1e-4, on every machine.
+    window : int or sequence of int, optional
+        Side or sides of the windows, (y, x) or (z, y, x); rounded up to what the model needs, and no larger than the
+        stack. They overlap by a quarter and are blended with Gaussian weights by MONAI. By default a 2D model is
+        given whole slices, and a 3D one windows of (32, 128, 128).
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    ndarray
+        float32 in [0, 1], (z, y, x).
+
+    Raises
+    ------
+    ValueError
+        When the image isn't uint8 (z, y, x), or an argument is out of range.
+    RuntimeError
+        When not even one slice (or window) fits into a GPU's memory.
+    """
+    _check_image(image)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but it must be 1 or more; correct it.")
+    ndim, multiple = getattr(model, "ndim", 2), _size_multiple(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch_size = batch_size or (4 if device.type == "cuda" else 1)
+    mixed = _mixed_precision(precision, device)
+
+    def predict(grey: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+            logits = model(grey)
+        return logits.float().sigmoid()
+
+    with evaluating(model), torch.no_grad(), nullcontext() if mixed else _exact_convolutions(device):
+        if ndim == 2 and window is None:
+            return _predict_slices(predict, image, multiple, batch_size, device=device, progress=progress)
+        sides = _window_sides(window, ndim, multiple, image.shape)
+        return _predict_windows(predict, image, sides, batch_size, device=device, progress=progress)
+
+
+def choose_threshold(
+    probabilities: NDArray[np.float32],
+    truth: NDArray[np.bool_],
+    *,
+    candidates: Sequence[float] = THRESHOLDS,
+) -> float:
+    """Return the threshold whose mask, ``probabilities >= threshold``, has the best pooled IoU.
+
+    A choice like any other in training: make it on validation slices, never on those that the result is reported on.
+    All candidates are counted in one pass over the voxels.
+
+    Parameters
+    ----------
+    probabilities : ndarray
+        Floats in [0, 1], any number of axes.
+    truth : ndarray
+        bool, same shape.
+    candidates : sequence of float
+        In [0, 1]. 0.05, 0.10, ... 0.95 by default.
+
+    Returns
+    -------
+    float
+        One of the candidates. Of equally good ones the nearest to 0.5, and of two as near the lower.
+
+    Raises
+    ------
+    ValueError
+        When shapes or dtypes differ from these, a number lies outside [0, 1] (or is NaN), or there is no candidate.
+    """
+    _check_probabilities(probabilities, truth)
+    thresholds = sorted(float(candidate) for candidate in candidates)
+    if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
+        raise ValueError(f"The candidates are {thresholds}, but numbers in [0, 1] were expected; give one or more.")
+    counts = _counts_between(thresholds, probabilities, truth)
+    # The voxels at or above a threshold are those of all intervals above it.
+    background, foreground = np.cumsum(counts[::-1], axis=0)[::-1].T.tolist()
+    ious = [Scores(tp, fp, foreground[0] - tp, 0).iou for tp, fp in zip(foreground[1:], background[1:], strict=True)]
+    ranked = ((value, -round(abs(t - 0.5), 6), -t) for value, t in zip(ious, thresholds, strict=True))
+    return -max(ranked)[2]
+
+
+def median_filter_z(values: NDArray, size: int) -> NDArray:
+    """Replace each voxel by the median of itself and its neighbours in the slices above and below.
+
+    What a 2D model sees in one slice only, but not in those around it, is rarely a mitochondrion. At both ends the
+    stack is continued by reflection, its last slice being repeated once, so that the last slices count most there.
+
+    Parameters
+    ----------
+    values : ndarray
+        Probabilities (float) or a mask (bool), (z, y, x).
+    size : int
+        Number of slices, odd; 1 changes nothing.
+
+    Returns
+    -------
+    ndarray
+        Same shape and dtype; a new array.
+
+    Raises
+    ------
+    ValueError
+        When there aren't three axes, or the size isn't odd.
+    """
+    if values.ndim != 3:
+        raise ValueError(f"The values have shape {values.shape}, but (z, y, x) was expected; pass the whole stack.")
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"size is {size}, but a median needs an odd number of slices; use for example 3.")
+    numbers = values.astype(np.uint8) if values.dtype == np.bool_ else values
+    return ndimage.median_filter(numbers, size=(size, 1, 1), mode="reflect").astype(values.dtype, copy=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in ``eval()``, and each of its modules back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def is_bf16_native(device: torch.device | str = "cpu") -> bool:
+    """Tell whether a device computes with bfloat16 itself; where it must be emulated, it is slower than float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    # oneDNN, which computes torch's convolutions, can be told to use older instructions.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    allowed = limit in ("DEFAULT", "ALL") or "BF16" in limit or "FP16" in limit or "AMX" in limit
+    found = torch.cpu.get_capabilities()
+    return allowed and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def _predict_slices(
+    predict: Predictor, image: NDArray, multiple: int, batch_size: int, *, device: torch.device, progress: bool
+) -> NDArray[np.float32]:
+    """Return the probabilities of a stack whose slices are predicted whole, some at a time."""
+    depth, height, width = image.shape
+    out = np.empty(image.shape, np.float32)
+    start = 0
+    with tqdm(total=depth, unit="slice", disable=not progress) as bar:
+        while start < depth:
+            batch = _pad_ends(image[start : start + batch_size], (1, multiple, multiple))
+            # An axis of one channel at the end, moved to its place: torch takes that for channels_last, the order
+            # of memory in which convolutions are fastest, and hands it on from layer to layer. The axis must be
+            # torch's, since one of NumPy's has another stride.
+            grey = _to_grey(batch, device)[..., None].permute(0, 3, 1, 2)
+            found = _unless_out_of_memory(predict, grey)
+            if found is None:
+                batch_size = _halved(min(batch_size, len(batch)), "slice")
+                continue
+            out[start : start + len(batch)] = found[:, 0, :height, :width].cpu().numpy()
+            start += len(batch)
+            bar.update(len(batch))
+    return out
+
+
+def _predict_windows(
+    predict: Predictor, image: NDArray, sides: tuple[int, ...], batch_size: int, *, device: torch.device, progress: bool
+) -> NDArray[np.float32]:
+    """Return the probabilities of a stack that is predicted in overlapping windows."""
+    from monai.inferers import sliding_window_inference
+
+    # Padded here, since MONAI can't reflect by more than a side of the volume.
+    padded = _pad_to(image, (1,) * (3 - len(sides)) + sides)
+    parts = padded[:, None, None] if len(sides) == 2 else padded[None, None, None]
+    out = np.empty(padded.shape, np.float32).reshape(parts.shape)
+    for part, target in zip(tqdm(parts, disable=not progress), out, strict=True):
+        grey = _to_grey(part, torch.device("cpu"))
+        found = None
+        while found is None:
+
+            def blend(volume: Tensor, size: int = batch_size) -> Tensor:
+                return sliding_window_inference(
+                    volume, sides, size, predict, overlap=OVERLAP, mode="gaussian", sw_device=device, device="cpu"
+                )
+
+            found = _unless_out_of_memory(blend, grey)
+            batch_size = batch_size if found is not None else _halved(batch_size, "window")
+        # Blending with weights whose sum is rounded can leave [0, 1] in the last digit.
+        target[:] = found.clamp_(0, 1).numpy()
+    return out.reshape(padded.shape)[tuple(slice(side) for side in image.shape)]
+
+
+def _unless_out_of_memory(function: Predictor, grey: Tensor) -> Tensor | None:
+    """Return the function's result, or None when a GPU's memory didn't suffice."""
+    try:
+        return function(grey)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _halved(batch_size: int, what: str) -> int:
+    """Return half a batch, or raise a RuntimeError where there is nothing to halve."""
+    if batch_size == 1:
+        raise RuntimeError(
+            f"Not even one {what} fits into the GPU's memory, but one must; use predict_stack(..., window=256), a GPU "
+            "with more memory, or the CPU."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return batch_size // 2
+
+
+def _to_grey(image: NDArray, device: torch.device) -> Tensor:
+    """Return grey levels in [0, 1]; bytes travel to the device, not floats."""
+    return torch.from_numpy(np.ascontiguousarray(image)).to(device).float().div_(255)
+
+
+def _pad_ends(image: NDArray, multiples: tuple[int, ...]) -> NDArray:
+    """Continue each axis at its end to the next multiple, by reflection (no edge twice)."""
+    return _pad_to(image, tuple(-(-n // m) * m for n, m in zip(image.shape, multiples, strict=True)))
+
+
+def _pad_to(image: NDArray, sides: tuple[int, ...]) -> NDArray:
+    """Continue each axis at its end to these sides where it is shorter, by reflection (no edge twice)."""
+    return np.pad(image, [(0, max(0, side - n)) for n, side in zip(image.shape, sides, strict=True)], mode="reflect")
+
+
+def _window_sides(
+    window: int | Sequence[int] | None, ndim: int, multiple: int, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the sides of windows that the model can take, or raise a ValueError."""
+    if window is None:
+        window = WINDOW_3D
+    sides = (window,) * ndim if isinstance(window, int | np.integer) else tuple(window)
+    if len(sides) != ndim or any(side < 1 for side in sides):
+        raise ValueError(f"window is {window}, but {ndim} sides of 1 or more were expected; use for example 128.")
+    fitting = (min(side, n) for side, n in zip(sides, shape[3 - ndim :], strict=True))
+    return tuple(-(-side // multiple) * multiple for side in fitting)
+
+
+def _size_multiple(model: nn.Module) -> int:
+    """Return what the sides of a model's input must be multiples of."""
+    if hasattr(model, "size_multiple"):
+        return int(model.size_multiple)
+    return int(getattr(getattr(model, "encoder", None), "output_stride", 32))
+
+
+def _mixed_precision(precision: str, device: torch.device) -> bool:
+    """Tell whether bf16 was asked for, or is faster, or raise a ValueError."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision is {precision!r}, but it must be 'auto', 'fp32' or 'bf16'; choose one of them.")
+    return precision == "bf16" or (precision == "auto" and is_bf16_native(device))
+
+
+def _exact_convolutions(device: torch.device) -> AbstractContextManager[None]:
+    """Keep a GPU from rounding float32 to 19 bits (TF32) in convolutions, as it does by default."""
+    if device.type != "cuda":
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+
+
+def _counts_between(thresholds: list[float], probabilities: NDArray, truth: NDArray) -> NDArray[np.int64]:
+    """Return the numbers of background and foreground voxels in each interval between thresholds.
+
+    Row 0 counts those below the lowest threshold, row i those that reach i thresholds.
+    """
+    # In the dtype of the probabilities, as NumPy compares an array with a number.
+    edges = np.array(thresholds, dtype=probabilities.dtype)
+    counts = np.zeros(2 * (len(edges) + 1), np.int64)
+    # Slice by slice, since the intervals' numbers take twice the memory of the probabilities.
+    for part, is_foreground in zip(np.atleast_2d(probabilities), np.atleast_2d(truth), strict=True):
+        reached = np.searchsorted(edges, part.ravel(), side="right")
+        counts += np.bincount(2 * reached + is_foreground.ravel(), minlength=len(counts))
+    return counts.reshape(-1, 2)
+
+
+def _check_image(image: NDArray) -> None:
+    """Raise a ValueError for what isn't a stack's image."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(
+            f"The image is {what}, but uint8 (z, y, x) was expected; pass stack.image, or image[None] for one slice."
+        )
+
+
+def _check_probabilities(probabilities: NDArray, truth: NDArray) -> None:
+    """Raise a ValueError unless these are probabilities and a mask of one shape."""
+    if probabilities.shape != truth.shape or truth.dtype != np.bool_ or probabilities.dtype.kind != "f":
+        raise ValueError(
+            f"The probabilities are {probabilities.dtype} {probabilities.shape} and the truth {truth.dtype} "
+            f"{truth.shape}, but floats and bool of one shape were expected; pass the same slices of both."
+        )
+    if probabilities.size and not (probabilities.min() >= 0 and probabilities.max() <= 1):
+        raise ValueError(
+            f"The probabilities lie between {probabilities.min()} and {probabilities.max()}, but [0, 1] was expected; "
+            "pass logits through a sigmoid first."
+        )
