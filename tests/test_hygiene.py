@@ -32,6 +32,8 @@ MODULE_ORDER = [
     "metrics",
     "models",
     "inference",
+    "checkpoints",
+    "interruptions",
     "training",
     "instances",
     "volumes",
