@@ -212,6 +212,18 @@ def test_each_viewer_is_drawn_once_and_moves_without_a_kernel(book_html, pages_w
         assert z == end
 
 
+def test_every_widget_module_looks_for_its_fonts_where_they_lie():
+    # Which module asks for the fonts depends on the order of loading: unmapped, 5 loads of 12 asked in a wrong place.
+    folder = "@jupyter-widgets/html-manager/dist"
+    modules = re.findall(r'define\("(@jupyter-widgets/[^"]+)"', (VENDOR / folder / "embed-amd.js").read_text())
+    settings = (VENDOR.parent / "book" / "require-base.js").read_text()
+    mapped = dict(re.findall(r'"(@[^"]+)": "([^"]+)"', settings))
+    assert len(modules) >= 6
+    for module in modules:
+        place = module if module.startswith(folder) else mapped[module]
+        assert place.rpartition("/")[0] == folder, module
+
+
 def test_a_screen_reader_learns_what_the_slider_is_and_where_it_stands(pages_with_viewers):
     for name, page in pages_with_viewers():
         handle = page.locator('[role="slider"]').first
