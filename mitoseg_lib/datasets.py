@@ -127,6 +127,34 @@ def fetch_epfl(*, base_url: str | None = None) -> Path:
     return folder
 
 
+def describe_epfl() -> dict[str, object]:
+    """Say which copy of the EPFL stacks `load_epfl` reads: what a recorded run keeps of its data.
+
+    Returns
+    -------
+    dict
+        ``name``: "epfl-official" where all files have the size of the official ones, else "epfl-rebuilt" (see the data
+        page); ``sha256``: that of each file, by name.
+
+    Raises
+    ------
+    StackError
+        If the files can't be had.
+    """
+    folder = fetch_epfl()
+    official = all((folder / name).stat().st_size == EPFL_BYTES for name in EPFL_FILES)
+    return {
+        "name": "epfl-official" if official else "epfl-rebuilt",
+        "sha256": {name: file_sha256(folder / name) for name in EPFL_FILES},
+    }
+
+
+def describe_example() -> dict[str, object]:
+    """Return the name and the files' sha256 of the bundled stacks, as `describe_epfl` does."""
+    files = sorted(_bundled_folder().glob("phantom_*.tif"))
+    return {"name": "phantom", "sha256": {path.name: file_sha256(path) for path in files}}
+
+
 def _require_choice(part: str, choices: tuple[str, str]) -> None:
     if part not in choices:
         raise StackError(f"{part!r} was asked for, but there are only {choices[0]!r} and {choices[1]!r}; choose one.")

@@ -1,7 +1,8 @@
 """Random patches of a labelled stack, and their augmentation.
 
-`PatchDataset` cuts patches out of the xy-slices of a `Stack`, each from a random place of a random slice.
-`train_augmentation` changes a patch and its mask in the ways in which tissue and microscopes vary.
+`PatchDataset` cuts patches out of a `Stack`, each from a random place: squares from its slices, or blocks for a 3D
+network. `train_augmentation` changes a square patch and its mask in the ways in which tissue and microscopes vary;
+`turn_block` lays down a block in another way.
 
 The augmentations come from albumentations 2.0.8, which nothing outside this module knows.
 """
@@ -41,15 +42,15 @@ class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
     stack : Stack
         With labels. For a part of the slices, pass ``stack.slices(split.train)``.
     patch_size : int or tuple of int
-        Side of a square patch, or (y, x), in pixels.
+        Side of a square patch, or (y, x), in pixels; or (z, y, x), in voxels, for blocks.
     patches_per_epoch : int
         Length of the dataset.
     seed : int
         0 or more.
     augmentation : callable, optional
-        Takes image (uint8, (y, x)), mask (bool, (y, x)) and a NumPy ``Generator``, and returns both in the
-        same shape and dtype; it must draw its random numbers from that generator. `train_augmentation` makes
-        one.
+        Takes image (uint8, the patch's shape), mask (bool, same shape) and a NumPy ``Generator``, and returns
+        both in the same shape and dtype; it must draw its random numbers from that generator.
+        `train_augmentation` makes one for squares; `turn_block` is one for blocks.
     foreground_share : float
         Between 0 and 1. At least this share of the items of an epoch, ceil(share x patches_per_epoch) evenly
         spread over it, hold one or more foreground pixels, *after* augmentation: such a patch is placed at
@@ -69,13 +70,13 @@ class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
         self,
         stack: "Stack",
         *,
-        patch_size: int | tuple[int, int],
+        patch_size: int | tuple[int, ...],
         patches_per_epoch: int,
         seed: int = 0,
         augmentation: Augmentation | None = None,
         foreground_share: float = 0.0,
     ) -> None:
-        self.patch_size = _pair(patch_size)
+        self.patch_size = _sides(patch_size)
         _check_at_least("patches_per_epoch", patches_per_epoch, 1)
         _check_at_least("seed", seed, 0)
         if not 0 <= foreground_share <= 1:
@@ -110,9 +111,9 @@ class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
         Returns
         -------
         image : Tensor
-            float32 in [0, 1], shape (1, y, x).
+            float32 in [0, 1], shape (1, y, x), or (1, z, y, x) for blocks.
         mask : Tensor
-            float32, 0 or 1, shape (1, y, x).
+            float32, 0 or 1, same shape.
         """
         if not 0 <= index < self.patches_per_epoch:
             raise IndexError(
@@ -134,15 +135,13 @@ class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def _crop(self, rng: np.random.Generator, around_foreground: bool) -> tuple[Image, Mask]:
         """Return a random patch of image and mask."""
-        depth, *plane = self._image.shape
-        if around_foreground:
-            z, *voxel = self._foreground_voxel(rng)
-        else:
-            z, voxel = int(rng.integers(depth)), (None, None)
-        starts = [_start(rng, n, p, at) for n, p, at in zip(plane, self.patch_size, voxel, strict=True)]
-        rows, columns = (_indices(s, p, n) for s, p, n in zip(starts, self.patch_size, plane, strict=True))
+        voxel = self._foreground_voxel(rng) if around_foreground else (None, None, None)
+        sides = (1, 1, *self.patch_size)[-3:]  # a square is a block of one slice
+        starts = [_start(rng, n, p, at) for n, p, at in zip(self._image.shape, sides, voxel, strict=True)]
+        z, y, x = (_indices(s, p, n) for s, p, n in zip(starts, sides, self._image.shape, strict=True))
         # Copies, so that no augmentation can change the stack.
-        return self._image[z, rows][:, columns].copy(), self._mask[z, rows][:, columns].copy()
+        parts = [volume[z][:, y][:, :, x].copy() for volume in (self._image, self._mask)]
+        return tuple(part.reshape(self.patch_size) for part in parts)
 
     def _foreground_voxel(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """Return (z, y, x) of a foreground voxel, each equally likely."""
@@ -264,6 +263,43 @@ def train_augmentation(
     return TrainAugmentation(transforms, square_only=quarter_turns)
 
 
+def turn_block(image: Image, mask: Mask, rng: np.random.Generator) -> tuple[Image, Mask]:
+    """Lay down a block and its mask in another way: flipped along any axis, and with axes of equal length swapped.
+
+    Each way is equally likely: 48 for a cube, 16 for (32, 96, 96). For voxels of equal edges, since otherwise tissue
+    looks different along each axis.
+
+    Parameters
+    ----------
+    image : ndarray
+        uint8, any number of axes.
+    mask : ndarray
+        bool, same shape.
+    rng : Generator
+        Source of all randomness.
+
+    Returns
+    -------
+    image, mask : ndarray
+        New arrays, same shapes and dtypes; the mask went where the image went.
+
+    Raises
+    ------
+    ValueError
+        When the shapes differ.
+    """
+    if image.shape != mask.shape:
+        raise ValueError(
+            f"The image has shape {image.shape} and the mask {mask.shape}, but they must be equal; pass one block."
+        )
+    axes = np.arange(image.ndim)
+    for length in set(image.shape):
+        equal = np.flatnonzero(np.array(image.shape) == length)
+        axes[equal] = rng.permutation(equal)
+    flipped = tuple(slice(None, None, step) for step in rng.choice((-1, 1), image.ndim))
+    return tuple(np.ascontiguousarray(part.transpose(axes)[flipped]) for part in (image, mask))
+
+
 def rotate(image: Image, mask: Mask, degrees: float, *, border: str = "reflect") -> tuple[Image, Mask]:
     """Turn an image and its mask around the centre by any angle, to see what that does to the edges.
 
@@ -343,18 +379,19 @@ def _indices(start: int, patch: int, size: int) -> slice | NDArray[np.intp]:
 
 
 def _to_tensor(array: NDArray) -> Tensor:
-    """Return a float32 tensor of shape (1, y, x)."""
+    """Return a float32 tensor with an axis of one channel in front."""
     return torch.from_numpy(array.astype(np.float32, order="C")[None])
 
 
-def _pair(patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (y, x), or raise a ValueError."""
+def _sides(patch_size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return (y, x) or (z, y, x), or raise a ValueError."""
     sides = (patch_size, patch_size) if isinstance(patch_size, int | np.integer) else tuple(patch_size)
-    if len(sides) != 2 or any(side < 1 for side in sides):
+    if len(sides) not in (2, 3) or any(side < 1 for side in sides):
         raise ValueError(
-            f"patch_size is {patch_size}, but it must be a side or (y, x), of 1 or more; use for example 256."
+            f"patch_size is {patch_size}, but it must be a side or (y, x), or (z, y, x) for blocks, of 1 or more; use "
+            "for example 256."
         )
-    return int(sides[0]), int(sides[1])
+    return tuple(int(side) for side in sides)
 
 
 def _check_at_least(name: str, value: int, lowest: int) -> None:

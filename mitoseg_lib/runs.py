@@ -1,11 +1,16 @@
 """Presets (what a chapter runs on) and recorded runs (numbers from trainings that were really made)."""
 
 import dataclasses
+import io
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mitoseg_lib.datasets import load_epfl, load_example
 from mitoseg_lib.stacks import Stack
@@ -142,12 +147,57 @@ class RecordedRun:
 
     def write(self, folder: Path = RESULTS) -> Path:
         """Write the run's file, whole or not at all, and return its path."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}-seed{self.seed}.json"
-        temporary = path.with_suffix(".json.part")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+        path = run_path(self.name, self.seed, folder)
+        content = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        _write_whole(path, content.encode())
         return path
+
+
+def run_path(name: str, seed: int, folder: Path = RESULTS) -> Path:
+    """Return where a run is recorded, whether it is there or not."""
+    return folder / f"{name}-seed{seed}.json"
+
+
+def write_masks(run: RecordedRun, masks: dict[int, NDArray[np.bool_]], folder: Path = RESULTS) -> Path:
+    """Write predicted masks of some test slices beside a run's file, one bit a pixel, and return the path.
+
+    Parameters
+    ----------
+    run : RecordedRun
+    masks : dict
+        Number of the slice, and its mask, bool (y, x); all of one shape.
+    folder : Path
+        Where the run's file is.
+    """
+    path = _masks_path(run, folder)
+    buffer = io.BytesIO()
+    stacked = np.stack(list(masks.values()))
+    np.savez_compressed(buffer, bits=np.packbits(stacked), shape=stacked.shape, slices=list(masks))
+    _write_whole(path, buffer.getvalue())
+    return path
+
+
+def read_masks(run: RecordedRun, folder: Path = RESULTS) -> dict[int, NDArray[np.bool_]]:
+    """Return the predicted masks that were recorded with a run, bool (y, x), by slice; none if there are none."""
+    path = _masks_path(run, folder)
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as content:
+        shape = tuple(content["shape"])
+        bits = np.unpackbits(content["bits"], count=int(np.prod(shape)))
+        return dict(zip(content["slices"].tolist(), bits.reshape(shape).astype(bool), strict=True))
+
+
+def _masks_path(run: RecordedRun, folder: Path) -> Path:
+    return folder / f"{run.name}-seed{run.seed}-masks.npz"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or leave what was there as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def read_run(path: Path) -> RecordedRun:
@@ -174,3 +224,47 @@ def read_runs(name: str, folder: Path = RESULTS) -> list[RecordedRun]:
     """Return every seed of a run that was recorded, in the order of the seeds; an empty list if none was."""
     runs = [read_run(path) for path in folder.glob(f"{name}-seed*.json")]
     return sorted((run for run in runs if run.name == name), key=lambda run: run.seed)
+
+
+def results_table(rows: Mapping[str, str], folder: Path = RESULTS) -> str:
+    """Return a table of recorded runs as text: IoU on the three parts, the mean over the seeds and their spread.
+
+    Below it stands what the figures were measured on. A row that wasn't run says so, and names its command.
+
+    Parameters
+    ----------
+    rows : dict
+        What the table calls a row, and the name of its recipe.
+    folder : Path
+        Of the recorded runs.
+    """
+    width = max(map(len, rows), default=0) + 2
+    lines = [f"{'':{width}s}{'train':>14s}{'validation':>14s}{'test':>14s}  seeds"]
+    shown: list[RecordedRun] = []
+    for label, name in rows.items():
+        found = read_runs(name, folder)
+        if not found:
+            lines.append(f"{label:{width}s}  not run yet: mitoseg run {name} --seed 0")
+            continue
+        shown += found
+        cells = "".join(f"{_mean_iou(found, part):>14s}" for part in ("train", "validation", "test"))
+        lines.append(f"{label:{width}s}{cells}  {', '.join(str(run.seed) for run in found)}")
+    return "\n".join(lines + [origin(shown)] * bool(shown))
+
+
+def origin(shown: Sequence[RecordedRun]) -> str:
+    """Return a line that says on which device, when and on which data runs were made."""
+    devices = ", ".join(sorted({run.device for run in shown}))
+    dates = sorted({run.date for run in shown})
+    data = ", ".join(sorted({run.data["name"] for run in shown}))
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"IoU, recorded on {data}; {devices}; {when}."
+
+
+def _mean_iou(found: Sequence[RecordedRun], part: str) -> str:
+    """Return the mean IoU over seeds, with the sample standard deviation where there are several."""
+    values = [scores["iou"] for run in found if (scores := getattr(run, part))]
+    if not values:
+        return "-"
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"

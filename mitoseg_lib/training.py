@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate",
     "fit",
     "load_weights",
+    "mean_slice_loss",
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -249,9 +251,6 @@ def fit(
 def evaluate(model: nn.Module, stack: Stack, *, loss: Loss, precision: str = "fp32") -> tuple[float, Scores]:
     """Measure a model on the whole slices of a labelled stack, as `fit` does after each epoch.
 
-    The loss is that of logits found from the probabilities of `predict_stack`. These are rounded near 1, so logits
-    count as at most 15.9 either way: a voxel that is utterly wrong costs a cross-entropy of 15.9 and not more.
-
     Parameters
     ----------
     model : nn.Module
@@ -266,7 +265,7 @@ def evaluate(model: nn.Module, stack: Stack, *, loss: Loss, precision: str = "fp
     Returns
     -------
     loss : float
-        Mean over the slices of the loss of each slice.
+        As `mean_slice_loss` gives it.
     scores : Scores
         Of the mask at threshold 0.5, counts pooled over all slices.
 
@@ -277,11 +276,29 @@ def evaluate(model: nn.Module, stack: Stack, *, loss: Loss, precision: str = "fp
     """
     labels = stack.require_labels()
     probabilities = predict_stack(model, stack.image, precision=precision)
+    return mean_slice_loss(probabilities, labels, loss=loss), scores(probabilities >= THRESHOLD, labels)
+
+
+def mean_slice_loss(probabilities: NDArray[np.float32], labels: NDArray[np.bool_], *, loss: Loss) -> float:
+    """Return the mean over the slices of the loss of each slice.
+
+    The loss is that of logits found from the probabilities. These are rounded near 1, so logits count as at most 15.9
+    either way: a voxel that is utterly wrong costs a cross-entropy of 15.9 and not more.
+
+    Parameters
+    ----------
+    probabilities : ndarray
+        float32 in [0, 1], (z, y, x).
+    labels : ndarray
+        bool, same shape.
+    loss : callable
+        Takes logits and masks, as in `TrainingSettings`.
+    """
     losses = []
     for slice_probabilities, mask in zip(probabilities, labels, strict=True):
         logits = torch.logit(torch.from_numpy(slice_probabilities)[None, None], eps=SMALLEST_PROBABILITY)
         losses.append(float(loss(logits, torch.from_numpy(mask)[None, None].float())))
-    return float(np.mean(losses)), scores(probabilities >= THRESHOLD, labels)
+    return float(np.mean(losses))
 
 
 class _Training:

@@ -7,7 +7,7 @@ line, too. Functions that draw with matplotlib return the figure and leave showi
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -30,6 +30,8 @@ LABEL_COLOUR = "#E69F00"  # orange
 PREDICTION_COLOUR = "#56B4E9"  # sky blue
 CLASS_COLOURS = ("#009E73", "#E69F00", "#CC79A7")  # bluish green, orange, reddish purple
 OUTLINES = {"labels": (LABEL_COLOUR, "solid"), "predictions": (PREDICTION_COLOUR, "dashed")}
+# Grey (for black, which the dark theme would hide), orange, sky blue, bluish green, vermilion, blue, reddish purple: the palette without its yellow.
+CURVE_COLOURS = ("#888888", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 CROSSHAIR_COLOUR = "#F0E442"  # yellow
 
 MAXIMUM_SIDE = 420  # pixels; keeps the slider in view below the picture, and the page small
@@ -327,6 +329,67 @@ def show_views(stack: Stack, *, z: int, y: int, x: int) -> Figure:
             _add_scale_bar(ax, picture.shape, nm_a_pixel)
     fig.tight_layout(pad=0.4)
     return fig
+
+
+def plot_history(
+    histories: Mapping[str, Sequence[Mapping[str, float]]], *, what: Sequence[str] = ("iou", "loss"), columns: int = 2
+) -> Figure:
+    """Draw the curves of trainings: one panel for each quantity, one colour for each training.
+
+    The training's own curve is dashed, that of the validation solid. Where a single curve belongs to each training
+    (``what=["validation_iou"]``), it is solid.
+
+    Parameters
+    ----------
+    histories : dict
+        Name of each training, and the rows of its epochs: ``History.as_rows()`` or ``RecordedRun.history``.
+    what : sequence of str
+        "iou", "loss", or one column of the rows, such as "validation_iou". One panel each.
+    columns : int
+        Panels in a row.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        When there is nothing to draw, or more than seven trainings, for which there are no colours.
+    """
+    if not 1 <= len(histories) <= len(CURVE_COLOURS) or not what:
+        raise ValueError(
+            f"There are {len(histories)} trainings and {len(what)} quantities, but 1 to {len(CURVE_COLOURS)} trainings "
+            "and 1 quantity or more were expected; draw them in several figures."
+        )
+    columns = min(columns, len(what))
+    rows = math.ceil(len(what) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(8, 3.2 * rows), squeeze=False, dpi=FIGURE_DPI)
+    for ax, quantity in zip(axes.ravel(), what, strict=False):
+        for (name, epochs), colour in zip(histories.items(), CURVE_COLOURS, strict=False):
+            _plot_curves(ax, name, epochs, quantity, colour)
+        ax.set(xlabel="epoch", ylabel=quantity.replace("_", " ").replace("iou", "IoU"))
+        if quantity.endswith("iou"):
+            ax.set_ylim(-0.02, 1)
+        ax.grid(alpha=0.3)
+    for ax in axes.ravel()[len(what) :]:
+        ax.axis("off")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    if any(quantity in ("iou", "loss") for quantity in what):
+        handles += [Line2D([], [], color="grey", linestyle=line) for line in ("-", "--")]
+        names += ["validation", "training"]
+    fig.tight_layout(pad=0.4)
+    _add_legend(fig, handles, names)
+    return fig
+
+
+def _plot_curves(ax: Axes, name: str, epochs: Sequence[Mapping[str, float]], quantity: str, colour: str) -> None:
+    """Draw one training's curves in one panel."""
+    at = [row["epoch"] for row in epochs]
+    pair = quantity in ("iou", "loss")
+    ax.plot(at, [row[f"validation_{quantity}" if pair else quantity] for row in epochs], "-", color=colour, label=name)
+    if pair:
+        ax.plot(at, [row[f"train_{quantity}"] for row in epochs], "--", color=colour, linewidth=1)
 
 
 def _show_slice(

@@ -39,6 +39,7 @@ MODULE_ORDER = [
     "volumes",
     "viewer",
     "runs",
+    "mistakes",
     "recipes",
     "cli",
 ]

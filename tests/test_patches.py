@@ -408,7 +408,7 @@ def test_importing_and_using_it_prints_nothing_and_asks_no_host():
 # --- errors
 
 
-@pytest.mark.parametrize("patch_size", [0, -4, (8, 0), (8,), (1, 8, 8)])
+@pytest.mark.parametrize("patch_size", [0, -4, (8, 0), (8,), (1, 8, 0), (1, 1, 8, 8)])
 def test_a_bad_patch_size(patch_size):
     with pytest.raises(ValueError, match="it must be a side or"):
         PatchDataset(coded_stack(), patch_size=patch_size, patches_per_epoch=1)
