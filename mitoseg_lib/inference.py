@@ -21,6 +21,8 @@ __all__ = ["choose_threshold", "is_bf16_native", "median_filter_z", "predict_sta
 
 WINDOW_3D = (32, 128, 128)  # voxels at a time for a 3D model: under 2 GB with the default U-Net
 OVERLAP = 0.25  # of neighbouring windows, of a side
+# The order of memory in which convolutions are fastest, by the number of axes.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))  # 0.05 to 0.95
 
 Predictor = Callable[[Tensor], Tensor]
@@ -82,6 +84,8 @@ def predict_stack(
     mixed = _mixed_precision(precision, device)
 
     def predict(grey: Tensor) -> Tensor:
+        # Each layer hands the order of memory on to the next, so the model itself needn't be rearranged.
+        grey = torch.empty_like(grey, memory_format=CHANNELS_LAST[grey.ndim]).copy_(grey)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
             logits = model(grey)
         return logits.float().sigmoid()
@@ -202,11 +206,7 @@ def _predict_slices(
     with tqdm(total=depth, unit="slice", disable=not progress) as bar:
         while start < depth:
             batch = _pad_ends(image[start : start + batch_size], (1, multiple, multiple))
-            # An axis of one channel at the end, moved to its place: torch takes that for channels_last, the order
-            # of memory in which convolutions are fastest, and hands it on from layer to layer. The axis must be
-            # torch's, since one of NumPy's has another stride.
-            grey = _to_grey(batch, device)[..., None].permute(0, 3, 1, 2)
-            found = _unless_out_of_memory(predict, grey)
+            found = _unless_out_of_memory(predict, _to_grey(batch, device)[:, None])
             if found is None:
                 batch_size = _halved(min(batch_size, len(batch)), "slice")
                 continue

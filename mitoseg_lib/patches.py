@@ -297,7 +297,7 @@ def turn_block(image: Image, mask: Mask, rng: np.random.Generator) -> tuple[Imag
         equal = np.flatnonzero(np.array(image.shape) == length)
         axes[equal] = rng.permutation(equal)
     flipped = tuple(slice(None, None, step) for step in rng.choice((-1, 1), image.ndim))
-    return tuple(np.ascontiguousarray(part.transpose(axes)[flipped]) for part in (image, mask))
+    return tuple(part.transpose(axes)[flipped].copy() for part in (image, mask))
 
 
 def rotate(image: Image, mask: Mask, degrees: float, *, border: str = "reflect") -> tuple[Image, Mask]:

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from mitoseg_lib import mistakes
 from mitoseg_lib.datasets import describe_epfl, describe_example, load_epfl, load_example
@@ -38,6 +39,8 @@ from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import TrainingSettings, fit, mean_slice_loss
 
 __all__ = ["RECIPES", "Recipe", "record"]
+
+Pair = tuple[Tensor, Tensor]  # a patch and its mask
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "DiceBCE": DiceBCELoss,
@@ -91,8 +94,8 @@ class Recipe:
         Of `LOSSES`, `AUGMENTATIONS`, `SPLITS`.
     labelled : int, optional
         How many of the training slices have labels, evenly spread; all by default.
-    fresh : bool
-        Cut new patches in each epoch, rather than the same ones again and again.
+    fixed : int, optional
+        Cut so many patches once, and show them again and again, rather than new ones in each step.
     validation_step : int
         Every so many of the validation slices is looked at after each epoch; at the end all are.
     tested : bool
@@ -118,7 +121,7 @@ class Recipe:
     augmentation: str = "flips, quarter turns"
     split: str = "block"
     labelled: int | None = None
-    fresh: bool = True
+    fixed: int | None = None
     validation_step: int = 12
     tested: bool = True
 
@@ -131,16 +134,17 @@ class Recipe:
             model = encoder_unet(self.encoder, weights=self.encoder_weights, frozen=self.frozen)
         return MISTAKES[self.mistake](model) if self.mistake else model
 
-    def patches(self, stack: Stack, seed: int) -> PatchDataset:
+    def patches(self, stack: Stack, seed: int) -> Dataset[Pair]:
         """Return the training patches of a stack."""
-        kind = PatchDataset if self.fresh else _FixedPatches
-        return kind(
+        length = self.steps * self.batch_size
+        patches = PatchDataset(
             stack,
             patch_size=self.patch_size,
-            patches_per_epoch=self.steps * self.batch_size,
+            patches_per_epoch=self.fixed or length,
             seed=seed,
             augmentation=AUGMENTATIONS[self.augmentation](),
         )
+        return _FixedPatches(patches, length) if self.fixed else patches
 
     def settings(self, seed: int) -> TrainingSettings:
         """Return the settings of the training."""
@@ -160,11 +164,21 @@ class Recipe:
         return Split(_spread(split.train, self.labelled or len(split.train)), split.validation)
 
 
-class _FixedPatches(PatchDataset):
-    """The patches of the first epoch, in every epoch: a beginner's mistake."""
+class _FixedPatches(Dataset[Pair]):
+    """The same few patches, again and again, in every epoch: a beginner's mistake."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Stay in the first epoch."""
+    def __init__(self, patches: PatchDataset, length: int) -> None:
+        self.patches, self.length = patches, length
+
+    def __len__(self) -> int:
+        """Return how many patches make an epoch."""
+        return self.length
+
+    def __getitem__(self, index: int) -> Pair:
+        """Return one of the few."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"Patch {index} was asked for, but an epoch has patches 0 to {self.length - 1}.")
+        return self.patches[index % len(self.patches)]
 
 
 def _mistakes() -> dict[str, Recipe]:
@@ -185,7 +199,7 @@ def _mistakes() -> dict[str, Recipe]:
         "rate 0.01, no BatchNorm": {"learning_rate": 1e-2, "unet": plain},
         "rate 0.03": {"learning_rate": 3e-2},
         "no eval()": {"mistake": "no eval()"},
-        "12 fixed patches, no augmentation": {"fresh": False, "steps": 2, "epochs": 225, "augmentation": "none"},
+        "12 fixed patches, no augmentation": {"fixed": 12, "augmentation": "none"},
     }
     return {_slug(f"mistake {what}"): replace(right, shows=what, **change) for what, change in changes.items()}
 
@@ -198,6 +212,7 @@ def _repairs() -> dict[str, Recipe]:
         "unet-raw": Recipe("input 0 to 255, no BatchNorm, constant rate", plain, mistake="input 0 to 255", **constant),
         "unet-scaled": Recipe("input scaled to 0 to 1", plain, **constant),
         "unet-batchnorm": Recipe("and BatchNorm", **constant),
+        "unet-groupnorm": Recipe("or GroupNorm in its place", {"normalisation": "group"}, **constant),
         "unet": Recipe("and one-cycle: the repaired U-Net"),
     }
 
@@ -252,6 +267,9 @@ def _transfer() -> dict[str, Recipe]:
         "lite0-random-frozen": Recipe("random, frozen", frozen=True, **lite0),
         "lite0-random-frozen-calibrated": Recipe("random, frozen, calibrated", frozen=True, calibrated=True, **lite0),
         "lite0-random-trained": Recipe("random, trained", **lite0),
+        "lite0-imagenet-frozen-random-split": Recipe(
+            "ImageNet, frozen, validated on random slices", frozen=True, split="random", **lite0, **imagenet
+        ),
     }
 
 
@@ -437,7 +455,7 @@ def _fields(recipe: Recipe, model: nn.Module, split: Split, threshold: float) ->
     mistake = f"; mistake: {recipe.mistake}" if recipe.mistake else ""
     frozen = ("frozen, calibrated" if recipe.calibrated else "frozen") if recipe.frozen else "trained"
     is_encoder = isinstance(unwrapped, EncoderUNet)
-    patches = "fresh patches" if recipe.fresh else "the same patches in every epoch"
+    patches = f"{recipe.fixed} patches, again and again" if recipe.fixed else "fresh patches"
     return {
         "model": (f"U-Net on {recipe.encoder}, encoder {frozen}" if is_encoder else f"UNet({options})") + mistake,
         "encoder": recipe.encoder,
@@ -458,7 +476,7 @@ def _fields(recipe: Recipe, model: nn.Module, split: Split, threshold: float) ->
     }
 
 
-def _image_batches(patches: PatchDataset, batch_size: int) -> Iterator[torch.Tensor]:
+def _image_batches(patches: Dataset[Pair], batch_size: int) -> Iterator[Tensor]:
     """Yield some batches of training images, of as many patches as a step takes."""
     images = (patches[i][0] for i in range(min(CALIBRATION_BATCHES * batch_size, len(patches))))
     while batch := list(islice(images, batch_size)):

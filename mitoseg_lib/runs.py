@@ -249,11 +249,13 @@ def results_table(rows: Mapping[str, str], folder: Path = RESULTS) -> str:
         shown += found
         cells = "".join(f"{_mean_iou(found, part):>14s}" for part in ("train", "validation", "test"))
         lines.append(f"{label:{width}s}{cells}  {', '.join(str(run.seed) for run in found)}")
-    return "\n".join(lines + [origin(shown)] * bool(shown))
+    if shown:
+        lines.append(origin(shown))
+    return "\n".join(lines)
 
 
 def origin(shown: Sequence[RecordedRun]) -> str:
-    """Return a line that says on which device, when and on which data runs were made."""
+    """Return a line that says on which device, when and on which data runs were made; there must be one or more."""
     devices = ", ".join(sorted({run.device for run in shown}))
     dates = sorted({run.date for run in shown})
     data = ", ".join(sorted({run.data["name"] for run in shown}))

@@ -30,7 +30,7 @@ LABEL_COLOUR = "#E69F00"  # orange
 PREDICTION_COLOUR = "#56B4E9"  # sky blue
 CLASS_COLOURS = ("#009E73", "#E69F00", "#CC79A7")  # bluish green, orange, reddish purple
 OUTLINES = {"labels": (LABEL_COLOUR, "solid"), "predictions": (PREDICTION_COLOUR, "dashed")}
-# Grey (for black, which the dark theme would hide), orange, sky blue, bluish green, vermilion, blue, reddish purple: the palette without its yellow.
+# Grey (for black, which the dark theme would hide) and the palette without its yellow.
 CURVE_COLOURS = ("#888888", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 CROSSHAIR_COLOUR = "#F0E442"  # yellow
 

@@ -12,8 +12,16 @@ import pytest
 import tifffile
 
 from mitoseg_lib import datasets
-from mitoseg_lib.datasets import EPFL_FILES, EPFL_SHAPE, fetch_epfl, load_epfl, load_example
-from mitoseg_lib.stacks import StackError
+from mitoseg_lib.datasets import (
+    EPFL_FILES,
+    EPFL_SHAPE,
+    describe_epfl,
+    describe_example,
+    fetch_epfl,
+    load_epfl,
+    load_example,
+)
+from mitoseg_lib.stacks import StackError, file_sha256
 
 
 @pytest.fixture(scope="session")
@@ -280,6 +288,58 @@ def test_a_given_folder_with_another_stack(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("MITOSEG_DATA", str(tmp_path))
     text = message_of(load_epfl, "training")
     assert text.startswith("training.tif has shape (5, 40, 50)") and str(tmp_path) not in text
+
+
+# --- which copy it is ---------------------------------------------------------------------------------------
+
+
+def folder_of_sizes(folder, sizes):
+    """Files that hold nothing, and as good as no room on the disk, of these sizes."""
+    folder.mkdir()
+    for name, size in zip(EPFL_FILES, sizes, strict=True):
+        with open(folder / name, "wb") as stream:
+            stream.truncate(size)
+    return folder
+
+
+OFFICIAL = datasets.EPFL_BYTES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ([OFFICIAL] * 4, "epfl-official"),
+        ([OFFICIAL] * 3 + [OFFICIAL - 1], "epfl-rebuilt"),
+        ([OFFICIAL + 1] + [OFFICIAL] * 3, "epfl-rebuilt"),
+        ([0, 1, 2, 3], "epfl-rebuilt"),
+    ],
+    ids=["official", "last", "first", "none"],
+)
+def test_a_copy_is_official_if_all_four_files_have_the_official_size(cache, tmp_path, monkeypatch, sizes, name):
+    monkeypatch.setenv("MITOSEG_DATA", str(folder_of_sizes(tmp_path / "given", sizes)))
+    monkeypatch.setattr(datasets, "file_sha256", lambda path: f"hash of {path.name}")  # half a gigabyte, else
+    assert describe_epfl() == {"name": name, "sha256": {file: f"hash of {file}" for file in EPFL_FILES}}
+    assert not cache.exists()
+
+
+def test_a_copy_is_described_by_the_hashes_of_its_files(cache, server):
+    cache_folder = fetch_epfl(base_url=server.url)
+    described = describe_epfl()
+    assert described["name"] == "epfl-rebuilt"  # the stand-ins are small
+    assert described["sha256"] == {name: file_sha256(cache_folder / name) for name in EPFL_FILES}
+    assert len(set(described["sha256"].values())) == 4
+
+
+def test_a_copy_that_is_not_there_cannot_be_described(cache):
+    assert "no connection" in message_of(describe_epfl)
+
+
+def test_the_bundled_stacks_are_described_by_the_hashes_of_their_files():
+    described = describe_example()
+    assert described["name"] == "phantom"
+    files = [f"phantom_{part}.tif" for part in ("test", "test_labels", "train", "train_labels")]
+    data = Path(__file__).parents[1] / "data"
+    assert described["sha256"] == {name: file_sha256(data / name) for name in files}
 
 
 def test_the_real_stacks(epfl_folder, monkeypatch):

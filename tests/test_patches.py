@@ -1,3 +1,5 @@
+import hashlib
+import itertools
 import pickle
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mitoseg_lib.patches import PatchDataset, rotate, train_augmentation
+from mitoseg_lib.patches import PatchDataset, rotate, train_augmentation, turn_block
 from mitoseg_lib.splits import block_split
 from mitoseg_lib.stacks import Stack, StackError
 
@@ -121,6 +123,92 @@ def test_a_slice_smaller_than_the_patch_lies_in_it_whole_at_random_places():
         assert set(np.unique(grey(image))) == set(range(12))
         places.add(grey(image).tobytes())
     assert len(places) == 3 * 2
+
+
+# --- blocks
+
+
+def block_place(image, stack):
+    """Where a block of a coded stack was cut, by its first grey level."""
+    return tuple(int(i) for i in np.unravel_index(int(grey(image)[0, 0, 0]), stack.shape))
+
+
+def test_an_item_can_be_a_block_of_the_stack_and_its_mask():
+    stack = coded_stack()
+    seen = set()
+    for image, mask in PatchDataset(stack, patch_size=(2, 3, 4), patches_per_epoch=900):
+        assert (image.shape, image.dtype) == ((1, 2, 3, 4), torch.float32)
+        assert (mask.shape, mask.dtype) == ((1, 2, 3, 4), torch.float32)
+        z, y, x = block_place(image, stack)
+        there = np.s_[z : z + 2, y : y + 3, x : x + 4]
+        assert np.array_equal(grey(image), stack.image[there])
+        assert np.array_equal(mask[0].numpy(), stack.labels[there])
+        seen.add((z, y, x))
+    assert len(seen) == 4 * 4 * 4  # every place there is
+
+
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7)),
+    block=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_blocks_are_cut_from_the_reflected_stack(shape, block, seed):
+    image = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    labels = image % 2 == 0 if image.size > 1 else image == 0
+    wide = Stack(image, labels) if not labels.all() else None
+    if wide is None:  # one class only: no stack to train on
+        return
+    found = PatchDataset(wide, patch_size=block, patches_per_epoch=1, seed=seed)[0]
+    margins = [(max(0, b - n),) * 2 for n, b in zip(shape, block, strict=True)]
+    padded = [np.pad(volume, margins, mode="reflect") for volume in (image, labels)]
+    windows = [np.lib.stride_tricks.sliding_window_view(volume, block) for volume in padded]
+    same_image = (windows[0] == grey(found[0])).all(axis=(3, 4, 5))
+    same_mask = (windows[1] == found[1][0].numpy().astype(bool)).all(axis=(3, 4, 5))
+    assert (same_image & same_mask).any()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_the_promised_share_of_blocks_holds_foreground(share):
+    dataset = PatchDataset(
+        lonely_stack(), patch_size=(3, 8, 8), patches_per_epoch=50, foreground_share=share, augmentation=turn_block
+    )
+    with_foreground = sum(bool(mask.any()) for _, mask in dataset)
+    assert np.ceil(share * 50) <= with_foreground <= np.ceil(share * 50) + 3
+
+
+def test_the_foreground_voxel_is_anywhere_in_its_block():
+    labels = np.zeros((20, 20, 20), bool)
+    labels[10, 10, 10] = True
+    stack = Stack(np.zeros(labels.shape, np.uint8), labels)
+    dataset = PatchDataset(stack, patch_size=(2, 3, 2), patches_per_epoch=200, foreground_share=1.0)
+    assert {int(mask.argmax()) for _, mask in dataset} == set(range(12))
+
+
+def test_blocks_are_a_batch_for_a_3d_network():
+    dataset = PatchDataset(noisy_stack(), patch_size=(4, 16, 16), patches_per_epoch=6, seed=2, augmentation=turn_block)
+    (images, masks), (again, _) = (next(iter(DataLoader(dataset, batch_size=6, num_workers=n))) for n in (0, 2))
+    assert images.shape == masks.shape == (6, 1, 4, 16, 16)
+    assert torch.equal(images, again)
+    dataset.set_epoch(1)
+    assert not torch.equal(images, next(iter(DataLoader(dataset, batch_size=6)))[0])
+
+
+def test_squares_are_what_they_were_before_there_were_blocks():
+    """Recorded runs name a seed: it must go on giving the patches that it gave."""
+    z, y, x = np.indices((3, 20, 24))
+    stack = Stack(((37 * z + 11 * y + 5 * x) % 256).astype(np.uint8), (y + x + z) % 7 == 0)
+    digest = hashlib.sha256()
+    for size in (8, (5, 9), (40, 40)):
+        augmentation = None if size == (5, 9) else train_augmentation()
+        dataset = PatchDataset(
+            stack, patch_size=size, patches_per_epoch=12, seed=3, augmentation=augmentation, foreground_share=0.25
+        )
+        for epoch in (0, 2):
+            dataset.set_epoch(epoch)
+            for tensor in itertools.chain.from_iterable(dataset):
+                digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest() == "47c44222749d5a8d022cdb22e90f95229af066b501e62257e0050cfd85452576"
 
 
 # --- purity
@@ -352,6 +440,53 @@ def test_a_zoom_out_is_filled_by_reflection():
         new_image, new_mask = still(scale=1.0)(image, mask, seed)
         assert (new_image == 77).all()
         assert new_mask.all()
+
+
+# --- blocks laid down in another way
+
+
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), seed=st.integers(0, 10_000))
+@settings(deadline=None)
+def test_a_turned_block_is_the_same_voxels_and_the_mask_goes_where_the_image_goes(shape, seed):
+    image = np.random.default_rng(seed).permutation(np.arange(np.prod(shape), dtype=np.uint16) % 256).astype(np.uint8)
+    image = image.reshape(shape)
+    mask = image % 3 == 0
+    before = image.copy(), mask.copy()
+    new_image, new_mask = turn_block(image, mask, np.random.default_rng(seed))
+    assert (new_image.shape, new_image.dtype) == (shape, np.uint8)
+    assert (new_mask.shape, new_mask.dtype) == (shape, np.bool_)
+    assert np.array_equal(new_mask, new_image % 3 == 0)
+    assert np.array_equal(np.sort(new_image, axis=None), np.sort(image, axis=None))
+    again = turn_block(image, mask, np.random.default_rng(seed))
+    assert np.array_equal(new_image, again[0]) and np.array_equal(new_mask, again[1])
+    new_image[...], new_mask[...] = 0, True
+    assert np.array_equal(image, before[0]) and np.array_equal(mask, before[1])
+
+
+def all_ways(block):
+    """Every flip of every swap of axes that keeps the shape."""
+    for axes in itertools.permutations(range(block.ndim)):
+        moved = block.transpose(axes)
+        if moved.shape == block.shape:
+            for steps in itertools.product((1, -1), repeat=block.ndim):
+                yield moved[tuple(slice(None, None, step) for step in steps)].tobytes()
+
+
+@pytest.mark.parametrize(("shape", "n_ways"), [((3, 3, 3), 48), ((2, 3, 3), 16), ((2, 3, 4), 8), ((3, 3), 8)])
+def test_every_way_to_lay_down_a_block_is_equally_likely(shape, n_ways):
+    block = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    rng = np.random.default_rng(0)
+    n_drawn = 100 * n_ways
+    counts = dict.fromkeys(all_ways(block), 0)
+    assert len(counts) == n_ways
+    for _ in range(n_drawn):
+        counts[turn_block(block, block > 0, rng)[0].tobytes()] += 1  # a KeyError would be a way that isn't one
+    assert 55 < min(counts.values()) <= max(counts.values()) < 145  # 100 expected, sd 10
+
+
+def test_a_block_and_another_blocks_mask():
+    with pytest.raises(ValueError, match=r"\(2, 3, 3\) and the mask \(2, 3, 4\)"):
+        turn_block(np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3, 4), bool), np.random.default_rng(0))
 
 
 # --- free rotation

@@ -21,6 +21,7 @@ from mitoseg_lib.checkpoints import CheckpointError, CheckpointFolder, read_stat
 from mitoseg_lib.inference import predict_stack
 from mitoseg_lib.losses import DiceBCELoss
 from mitoseg_lib.metrics import scores
+from mitoseg_lib.patches import turn_block
 from mitoseg_lib.stacks import Stack, StackError
 from mitoseg_lib.training import (
     Epoch,
@@ -30,6 +31,7 @@ from mitoseg_lib.training import (
     TrainingSettings,
     evaluate,
     fit,
+    mean_slice_loss,
 )
 
 SCRIPT = Path(__file__).with_name("small_training.py")
@@ -112,6 +114,34 @@ def test_the_loss_of_an_evaluation_is_that_of_the_logits():
     assert evaluate(model, stack, loss=DiceBCELoss())[0] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
 
 
+@pytest.mark.parametrize("loss", [DiceBCELoss(), DiceBCELoss(squared=True), nn.BCEWithLogitsLoss()])
+def test_the_loss_of_probabilities_is_that_of_the_models_own_logits(loss):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(5, 1, 20, 30, generator=generator)
+    masks = torch.rand(5, 1, 20, 30, generator=generator) < 0.2
+    masks[3] = False  # a slice without foreground
+    expected = np.mean([float(loss(a[None], b[None].float())) for a, b in zip(logits, masks, strict=True)])
+    probabilities = logits.sigmoid()[:, 0].numpy()
+    before = probabilities.copy()
+    assert mean_slice_loss(probabilities, masks[:, 0].numpy(), loss=loss) == pytest.approx(expected, abs=1e-4)
+    assert np.array_equal(probabilities, before)
+    if not isinstance(loss, nn.BCEWithLogitsLoss):  # Dice is taken slice by slice, not over the stack
+        assert expected != pytest.approx(float(loss(logits, masks.float())), abs=1e-3)
+
+
+def test_a_voxel_that_is_utterly_wrong_costs_sixteen():
+    wrong = np.array([[[1.0, 0.0]]], np.float32)
+    truth = np.array([[[False, True]]])
+    loss = mean_slice_loss(wrong, truth, loss=nn.BCEWithLogitsLoss())
+    assert loss == pytest.approx(23 * math.log(2), abs=0.05)  # 15.9
+    assert mean_slice_loss(wrong, ~truth, loss=nn.BCEWithLogitsLoss()) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_loss_of_another_number_of_slices_is_refused():
+    with pytest.raises(ValueError):
+        mean_slice_loss(np.zeros((2, 3, 3), np.float32), np.zeros((3, 3, 3), bool), loss=DiceBCELoss())
+
+
 def test_the_training_row_is_what_the_steps_saw():
     """A rate so small that the model stays as it is: its row can be computed from outside."""
     model = small_net(dropout=0.0)
@@ -189,6 +219,64 @@ def test_a_frozen_part_stays_as_it_is():
     assert not torch.equal(weights(model.head), head)
 
 
+def small_net_3d():
+    torch.manual_seed(0)
+    first, second = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 1, 1)
+    model = nn.Sequential(first, nn.BatchNorm3d(4), nn.ReLU(), nn.Dropout3d(0.2), second)
+    model.ndim, model.size_multiple = 3, 1
+    return model
+
+
+def blocks(strike=None):
+    return patches(strike, patch_size=(4, 16, 16), augmentation=turn_block)
+
+
+def train_3d(folder, strike=None):
+    return fit(small_net_3d(), blocks(strike), validation=bright_block(1), settings=quick(), checkpoints=folder)
+
+
+def test_a_3d_model_learns_and_goes_on_after_a_signal_as_if_there_had_been_none(tmp_path):
+    history = train_3d(tmp_path / "a")
+    losses = history.column("train_loss")
+    assert losses[-1] < 0.9 * losses[0]
+    with pytest.raises(TrainingInterrupted):
+        train_3d(tmp_path / "b", strike=(1, 9, signal.SIGTERM))
+    torch.manual_seed(99)
+    assert train_3d(tmp_path / "b") == history
+    assert last_file(tmp_path / "a") == last_file(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("make", "train_set", "layout"),
+    [(small_net, patches, torch.channels_last), (small_net_3d, blocks, torch.channels_last_3d)],
+    ids=["2D", "3D"],
+)
+def test_convolutions_get_the_order_of_memory_in_which_they_are_fastest(make, train_set, layout):
+    model, seen = make(), set()
+
+    def look(module, _, out):
+        if module.training:  # alone, a small image goes through other code
+            seen.add(out.is_contiguous(memory_format=layout))
+
+    model[1].register_forward_hook(look)
+    fit(model, train_set(), validation=bright_block(1), settings=quick(epochs=1))
+    assert seen == {True}
+    assert model[0].weight.is_contiguous(memory_format=layout)
+
+
+def test_a_model_that_mixes_2d_and_3d_can_be_trained():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.deep = nn.Conv2d(1, 2, 3, padding=1), nn.Conv3d(2, 1, (1, 3, 3), padding=(0, 1, 1))
+
+        def forward(self, images):
+            return self.deep(self.flat(images)[:, :, None])[:, :, 0]
+
+    _, history = train(model=Mixed(), epochs=1)
+    assert math.isfinite(history.epochs[0].train_loss)
+
+
 def test_workers_change_nothing():
     results = [train(epochs=2, workers=workers) for workers in (0, 2)]
     assert results[0][1] == results[1][1]
@@ -241,7 +329,8 @@ def test_a_folder_changes_nothing(tmp_path, folder):
     assert torch.equal(weights(a[0]), weights(b[0]))
 
 
-RANDOM_PATCH = int.from_bytes(os.urandom(2)) % (12 * STEPS)
+# Not one of the first four, which are looked at once more before the training: a second Ctrl-C doesn't wait.
+RANDOM_PATCH = 4 + int.from_bytes(os.urandom(2)) % (12 * STEPS - 4)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from PIL import Image
 from mitoseg_lib import viewer
 from mitoseg_lib.datasets import load_example
 from mitoseg_lib.stacks import Stack, StackError
-from mitoseg_lib.viewer import SliceViewer, show_classes, show_slices, show_views
+from mitoseg_lib.viewer import SliceViewer, plot_history, show_classes, show_slices, show_views
 
 matplotlib.use("Agg")
 NM = (5.0, 5.0, 5.0)
@@ -376,3 +376,91 @@ def test_the_font_has_every_sign_that_a_scale_bar_needs():
     missing = bytes(font.getmask("\U0010fffe"))
     for sign in "0123456789.nmµ":
         assert bytes(font.getmask(sign)) != missing, sign
+
+
+# Curves
+
+
+def epochs(n, seed=0):
+    """Rows as `History.as_rows` gives them."""
+    rng = np.random.default_rng(seed)
+    names = ("train_loss", "validation_loss", "train_iou", "validation_iou")
+    return [{"epoch": epoch} | dict(zip(names, rng.random(4).tolist(), strict=True)) for epoch in range(1, n + 1)]
+
+
+def drawn(ax):
+    """(line style, colour) and the points of each curve, in the order of drawing."""
+    return [(line.get_linestyle(), line.get_color(), line.get_xydata().tolist()) for line in ax.lines]
+
+
+def points(rows, column):
+    return [[row["epoch"], row[column]] for row in rows]
+
+
+def test_curves_are_the_rows_that_were_given_dashed_for_training_and_solid_for_validation():
+    histories = {"first": epochs(5), "second": epochs(3, seed=1)}
+    fig = plot_history(histories)
+    iou, loss = fig.axes
+    for ax, quantity in ((iou, "iou"), (loss, "loss")):
+        expected = []
+        for rows, colour in zip(histories.values(), viewer.CURVE_COLOURS, strict=False):
+            expected += [
+                ("-", colour, points(rows, f"validation_{quantity}")),
+                ("--", colour, points(rows, f"train_{quantity}")),
+            ]
+        assert drawn(ax) == expected
+    assert (iou.get_ylabel(), loss.get_ylabel(), iou.get_xlabel()) == ("IoU", "loss", "epoch")
+    assert iou.get_ylim() == (-0.02, 1) and loss.get_ylim() != (-0.02, 1)
+
+
+def test_the_legend_names_each_training_and_what_the_lines_mean():
+    fig = plot_history({"first": epochs(2), "second": epochs(2)})
+    (legend,) = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["first", "second", "validation", "training"]
+    styles = [(line.get_color(), line.get_linestyle()) for line in legend.get_lines()]
+    assert styles == [(viewer.CURVE_COLOURS[0], "-"), (viewer.CURVE_COLOURS[1], "-"), ("grey", "-"), ("grey", "--")]
+
+
+def test_one_column_is_one_solid_curve_a_training():
+    histories = {str(n): epochs(4, seed=n) for n in range(7)}
+    fig = plot_history(histories, what=["validation_iou", "train_loss", "iou"])
+    assert [ax.get_ylabel() for ax in fig.axes if ax.lines] == ["validation IoU", "train loss", "IoU"]
+    for ax, column in zip(fig.axes, ("validation_iou", "train_loss"), strict=False):
+        assert [(style, xy) for style, _, xy in drawn(ax)] == [("-", points(h, column)) for h in histories.values()]
+        assert len({colour for _, colour, _ in drawn(ax)}) == 7
+    assert len(fig.axes[2].lines) == 14
+    assert len(fig.axes) == 4 and not fig.axes[3].axison  # an empty corner
+    only = plot_history(histories, what=["validation_iou"])
+    assert [text.get_text() for text in only.legends[0].get_texts()] == list(histories)
+
+
+@pytest.mark.parametrize(("columns", "shape"), [(1, (3, 1)), (2, (2, 2)), (3, (1, 3)), (9, (1, 3))])
+def test_panels_fill_rows_of_so_many_columns(columns, shape):
+    fig = plot_history({"a": epochs(2)}, what=["iou", "loss", "train_iou"], columns=columns)
+    assert fig.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+
+
+def test_a_training_of_one_epoch_and_one_that_was_cut_short_can_be_drawn():
+    fig = plot_history({"short": epochs(1), "not begun": []})
+    assert [len(xy) for _, _, xy in drawn(fig.axes[0])] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("n_trainings", "what", "words"),
+    [
+        (0, ["iou"], "0 trainings and 1 quantities"),
+        (8, ["iou"], "8 trainings.*1 to 7"),
+        (1, [], "1 trainings and 0 quantities"),
+    ],
+)
+def test_curves_that_cannot_be_told_apart_are_refused(n_trainings, what, words):
+    with pytest.raises(ValueError, match=words):
+        plot_history({str(n): epochs(2) for n in range(n_trainings)}, what=what)
+    assert not plt.get_fignums()
+
+
+def test_curve_colours_can_be_seen_on_black_and_on_white():
+    for colour in viewer.CURVE_COLOURS:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
+        assert min((luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)) > 2  # contrast, as WCAG defines it

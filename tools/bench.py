@@ -1,5 +1,6 @@
-"""Speed, measured in one run and printed as a table: ``make bench``."""
+"""Speed, measured in one run and printed as a table: ``make bench``, or ``python tools/bench.py PART ...``."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,11 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+import torch
+from monai.inferers import sliding_window_inference
+from torch import nn
 
 from mitoseg_lib import phantom
-from mitoseg_lib.datasets import load_example
+from mitoseg_lib.datasets import load_epfl, load_example
+from mitoseg_lib.inference import is_bf16_native, predict_stack
+from mitoseg_lib.interruptions import StopRequest
+from mitoseg_lib.metrics import iou
+from mitoseg_lib.models import UNet, encoder_unet, resnet34_unet
 from mitoseg_lib.patches import PatchDataset, train_augmentation
 from mitoseg_lib.stacks import Stack, load_stack
+from mitoseg_lib.training import TrainingSettings, fit
+from mitoseg_lib.training.loop import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +87,74 @@ def bench_patches() -> None:
         row(f"patches of 512 a second, augmentation: {name}", f"{100 / taken:.0f}", "")
 
 
+def wide_stacks() -> tuple[Stack, Stack]:
+    """A stack to train on, and 8 slices of 768 x 1024 of another: EPFL's where they are, else tiled phantoms."""
+    if os.environ.get("MITOSEG_DATA"):
+        return load_epfl("training"), load_epfl("testing").slices(range(8))
+    test = load_example("test")
+    tiled = [np.tile(volume[:8], (1, 2, 3))[:, :768, :1024] for volume in (test.image, test.labels)]
+    return load_example("train"), Stack(*tiled, test.voxel_size_nm)
+
+
+def in_windows(model: nn.Module, image: np.ndarray) -> np.ndarray:
+    """MONAI's way: windows of 512 that overlap by a quarter, in float32."""
+    model.eval()
+    windows = [torch.from_numpy(slice_)[None, None].float() / 255 for slice_ in image]
+    with torch.no_grad():
+        found = [sliding_window_inference(w, (512, 512), 4, lambda x: model(x).sigmoid(), 0.25) for w in windows]
+    return torch.cat(found)[:, 0].numpy()
+
+
+def bench_predict() -> None:
+    """`predict_stack` against MONAI's sliding windows: the speed, and what the masks are worth."""
+    train, test = wide_stacks()
+    model = resnet34_unet(weights=None, frozen=True)
+    image = test.image
+    times = dict.fromkeys(("windows", "fp32", "bf16"), float("inf"))
+    for _ in range(2):  # in turns, so that a busy moment hits none of them alone
+        times["windows"] = min(times["windows"], seconds(lambda: in_windows(model, image), 1))
+        for precision in ("fp32", "bf16"):
+            took = seconds(lambda precision=precision: predict_stack(model, image, precision=precision), 1)
+            times[precision] = min(times[precision], took)
+    row("MONAI's windows, ResNet34-UNet, slices a second", f"{len(image) / times['windows']:.2f}", "")
+    for precision, target in (("fp32", "at least 1.5"), ("bf16", "at least 3, where the CPU has bf16")):
+        row(f"predict_stack, {precision}", f"{len(image) / times[precision]:.2f}", "")
+        row("    times as fast as MONAI's windows", f"{times['windows'] / times[precision]:.1f}", target)
+    bench_masks(train, test)
+
+
+def bench_masks(train: Stack, test: Stack) -> None:
+    """The IoU of masks: whole slices in both precisions against windows, after a short training."""
+    torch.manual_seed(0)
+    model = encoder_unet("efficientnet_lite0", frozen=True)
+    patches = PatchDataset(train, patch_size=160, patches_per_epoch=360, augmentation=train_augmentation())
+    fit(model, patches, validation=test.slices([0]), settings=TrainingSettings(epochs=1), progress=False)
+    windows = iou(in_windows(model, test.image) >= 0.5, test.require_labels())
+    for precision in ("fp32", "bf16"):
+        whole = iou(predict_stack(model, test.image, precision=precision) >= 0.5, test.require_labels())
+        row(f"IoU of whole slices, {precision}, less that of windows", f"{whole - windows:+.4f} of {windows:.3f}", "")
+
+
+def bench_training() -> None:
+    """Steps a second, and how much of the time the loop waits for patches."""
+    stack = load_example("train")
+    precision = "bf16" if is_bf16_native() else "fp32"
+    settings = TrainingSettings(epochs=1, precision=precision)
+    for name, model in {"U-Net": UNet(), "Lite0-UNet": encoder_unet("efficientnet_lite0", frozen=False)}.items():
+        patches = PatchDataset(stack, patch_size=160, patches_per_epoch=6 * 24, augmentation=train_augmentation())
+        training = Training(model, patches, stack.slices([0]), settings)
+        batches, took, waited = training.remaining_batches(), [], []
+        for _ in range(24):
+            started = time.perf_counter()
+            images, masks = next(batches)
+            waited.append(time.perf_counter() - started)
+            training.take_step(images, masks, StopRequest())
+            took.append(time.perf_counter() - started)
+        took, waited = took[4:], waited[4:]  # the first steps find memory and choose algorithms
+        row(f"{name}: steps of 6 crops of 160 a second, {precision}", f"{1 / np.median(took):.2f}", "")
+        row("    of which waiting for patches", f"{100 * sum(waited) / sum(took):.1f} %", "under 5 % on the CPU")
+
+
 def bench_phantoms(folder: Path) -> None:
     """Both bundled stacks from nothing."""
     started = time.perf_counter()
@@ -91,16 +169,37 @@ def bench_book() -> None:
     row("make book, warm .venv", f"{time.perf_counter() - started:.0f} s", "under 60 s")
 
 
+def in_a_folder(bench: Callable[[Path], None]) -> Callable[[], None]:
+    """Give a part a folder for its files."""
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as name:
+            bench(Path(name))
+
+    return run
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "import": bench_import,
+    "load": in_a_folder(bench_load_stack),
+    "patches": bench_patches,
+    "training": bench_training,
+    "predict": bench_predict,
+    "phantoms": in_a_folder(bench_phantoms),
+    "book": bench_book,
+}
+
+
 def main() -> None:
-    """Everything, from the quickest to the slowest."""
-    print(f"{os.cpu_count()} CPU cores, Python {sys.version.split()[0]}")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bench_import()
-        bench_load_stack(folder)
-        bench_patches()
-        bench_phantoms(folder)
-        bench_book()
+    """All parts, or those that are named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    wanted = parser.parse_args().parts
+    if unknown := set(wanted) - PARTS.keys():
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}")
+    for name in wanted or PARTS:
+        PARTS[name]()
 
 
 if __name__ == "__main__":
