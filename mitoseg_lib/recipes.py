@@ -64,7 +64,7 @@ MISTAKES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 SPLITS: dict[str, Callable[[int], Split]] = {"block": block_split, "random": random_split}
 CALIBRATION_BATCHES = 20
-TRAIN_SLICES = 13  # of the training part, evenly spread, for its score
+TRAIN_SLICES = 13  # of the training part, for its score
 MASK_SLICES = (20, 82, 144)  # of the test stack, kept as masks
 
 
@@ -242,9 +242,9 @@ def _in_3d() -> dict[str, Recipe]:
     short = {"epochs": 3, "steps": 50, "batch_size": 1, "tested": False}
     raw = {"mistake": "input 0 to 255", "schedule": "constant", "learning_rate": 1e-3}
     return {
-        "unet3d-equal-time": replace(base, shows="3D, as many seconds as the 2D U-Net", steps=60),
+        "unet3d-equal-time": replace(base, shows="3D, as many seconds as the 2D U-Net", steps=95),
         "unet3d-equal-voxels": replace(base, shows="3D, as many voxels as the 2D U-Net", steps=39),
-        "unet3d-longer": replace(base, shows="3D, 2.5 times as many seconds", epochs=6, steps=100),
+        "unet3d-longer": replace(base, shows="3D, 2.5 times as many seconds", epochs=6, steps=160),
         "unet3d-batch-1-batchnorm": replace(base, shows="3D, batches of 1, BatchNorm", **short),
         "unet3d-batch-1-groupnorm": replace(
             base, shows="3D, batches of 1, GroupNorm", unet=narrow | {"normalisation": "group"}, **short
@@ -410,7 +410,7 @@ def _make(
     measure = _Measure(model, recipe)
     threshold = measure.choose(validation) if recipe.tested else 0.5
     found = {
-        "train": measure.scores(train.slices(_spread(range(len(train.image)), TRAIN_SLICES))),
+        "train": measure.scores(_some_slices(train, model)),
         "validation": measure.scores(validation),
         "test": None,
     }
@@ -420,6 +420,14 @@ def _make(
         found["test"] = measure.scores(test)
         masks = {z: measure.mask[z] for z in MASK_SLICES if z < len(measure.mask)}
     return _fields(recipe, model, split, threshold) | found | {"history": history.as_rows()}, masks
+
+
+def _some_slices(train: Stack, model: nn.Module) -> Stack:
+    """Return some slices for the training's score: evenly spread, but neighbours for a 3D model, which needs them."""
+    middle = (len(train.image) - TRAIN_SLICES) // 2
+    if getattr(model, "ndim", 2) == 3 and middle > 0:
+        return train.slices(slice(middle, middle + TRAIN_SLICES))
+    return train.slices(_spread(range(len(train.image)), TRAIN_SLICES))
 
 
 class _Measure:

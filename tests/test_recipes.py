@@ -411,7 +411,7 @@ def interrupted(tmp_path_factory):
     numbers = (signal.SIGTERM, signal.SIGKILL)
     folders = {number: tmp_path_factory.mktemp(number.name) for number in numbers}
     children = {number: child(folder, number) for number, folder in folders.items()}
-    errors = {number: process.communicate(timeout=300)[1] for number, process in children.items()}
+    errors = {number: process.communicate(timeout=900)[1] for number, process in children.items()}
     return {number: (folders[number], children[number].returncode, errors[number]) for number in numbers}
 
 
