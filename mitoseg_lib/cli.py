@@ -63,11 +63,12 @@ def run(
     mitoseg run check --data phantom
     mitoseg run unet --seed 1
     """
-    from mitoseg_lib import recipes
+    from mitoseg_lib.recipes import RECIPES
+    from mitoseg_lib.recording import record
     from mitoseg_lib.stacks import StackError
 
     if list_names:
-        for recipe_name, recipe in recipes.RECIPES.items():
+        for recipe_name, recipe in RECIPES.items():
             typer.echo(f"{recipe_name:44s}{recipe.shows}")
         return
     if name is None:
@@ -77,7 +78,7 @@ def run(
 
         torch.set_num_threads(threads)
     try:
-        made = recipes.record(name, seed, data=data.value, folder=output, progress=True)
+        made = record(name, seed, data=data.value, folder=output, progress=True)
     except (StackError, ValueError, RuntimeError, ArithmeticError, OSError) as error:
         typer.echo(f"mitoseg: {error}", err=True)
         raise typer.Exit(1) from None

@@ -1,44 +1,32 @@
-"""The settings of every recorded run, and how a run is made.
+"""The settings of every recorded run.
 
 A recipe is data: its settings, most of them those of `Recipe`'s defaults, so that a line below says what a row of a
-table differs in, and nothing else. `record` makes the run and writes ``results/NAME-seedS.json``.
+table differs in, and nothing else. `mitoseg_lib.recording` makes the run.
 
 There are two sizes. Recipes whose name ends in "-gpu" are meant for a GPU of 14 GB or more. All others were made for
 two cores: crops of 160, hundreds of steps and not ten thousands, convolutions in bfloat16. They show which of two
 settings is better under the same small budget; they don't show how good either can become.
 """
 
-import platform
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib import metadata
-from itertools import islice
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mitoseg_lib import mistakes
-from mitoseg_lib.datasets import describe_epfl, describe_example, load_epfl, load_example
-from mitoseg_lib.inference import choose_threshold, predict_stack
 from mitoseg_lib.losses import DiceBCELoss, DiceLoss
-from mitoseg_lib.metrics import scores
-from mitoseg_lib.models import EncoderUNet, UNet, calibrate_encoder, count_parameters, encoder_unet
+from mitoseg_lib.models import UNet, encoder_unet
 from mitoseg_lib.patches import PatchDataset, train_augmentation, turn_block
-from mitoseg_lib.runs import RESULTS, RecordedRun, read_run, run_path, write_masks
 from mitoseg_lib.splits import Split, block_split, random_split
 from mitoseg_lib.stacks import Stack
-from mitoseg_lib.training import TrainingSettings, fit, mean_slice_loss
+from mitoseg_lib.training import TrainingSettings
 
-__all__ = ["RECIPES", "Recipe", "record"]
+__all__ = ["RECIPES", "Recipe", "recipe_named", "spread_slices"]
 
 Pair = tuple[Tensor, Tensor]  # a patch and its mask
 
@@ -63,9 +51,6 @@ MISTAKES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "slow BatchNorm statistics": mistakes.slow_statistics,
 }
 SPLITS: dict[str, Callable[[int], Split]] = {"block": block_split, "random": random_split}
-CALIBRATION_BATCHES = 20
-TRAIN_SLICES = 13  # of the training part, for its score
-MASK_SLICES = (20, 82, 144)  # of the test stack, kept as masks
 
 
 @dataclass(frozen=True)
@@ -161,7 +146,7 @@ class Recipe:
     def parts(self, n_slices: int) -> Split:
         """Return the slices that train and that validate."""
         split = SPLITS[self.split](n_slices)
-        return Split(_spread(split.train, self.labelled or len(split.train)), split.validation)
+        return Split(spread_slices(split.train, self.labelled or len(split.train)), split.validation)
 
 
 class _FixedPatches(Dataset[Pair]):
@@ -209,7 +194,6 @@ def _repairs() -> dict[str, Recipe]:
     constant = {"schedule": "constant", "learning_rate": 1e-3}
     plain = {"normalisation": "none"}
     return {
-        "unet-raw": Recipe("input 0 to 255, no BatchNorm, constant rate", plain, mistake="input 0 to 255", **constant),
         "unet-scaled": Recipe("input scaled to 0 to 1", plain, **constant),
         "unet-batchnorm": Recipe("and BatchNorm", **constant),
         "unet-groupnorm": Recipe("or GroupNorm in its place", {"normalisation": "group"}, **constant),
@@ -327,216 +311,16 @@ RECIPES: dict[str, Recipe] = (
 )
 
 
-def record(
-    name: str, seed: int, *, data: str = "epfl", folder: Path = RESULTS, progress: bool | None = None
-) -> RecordedRun:
-    """Make a run, write its file, and return it; a run that is recorded already is read instead.
-
-    An interrupted run goes on from its last checkpoint, in ``folder/unfinished/``, when it is asked for again.
-
-    Parameters
-    ----------
-    name : str
-        One of `RECIPES`.
-    seed : int
-        Of the first weights, the patches and everything else that is drawn.
-    data : {"epfl", "phantom"}
-        The EPFL stacks, or the bundled synthetic ones.
-    folder : Path
-        Where ``NAME-seedS.json`` is written, and beside it the masks of three test slices.
-    progress : bool, optional
-        Show a progress bar; by default on a terminal.
-
-    Returns
-    -------
-    RecordedRun
-
-    Raises
-    ------
-    ValueError
-        When there is no such recipe, or the folder holds the run on other data.
-    RuntimeError
-        When a pretrained encoder's weights can't be had.
-    StackError
-        When the data can't be had.
-    """
-    recipe, described = _require_recipe(name), _describe(data)
-    path = run_path(name, seed, folder)
-    if path.exists():
-        run = read_run(path)
-        if run.data["name"] != described["name"]:
-            raise ValueError(
-                f"{path.name} is a run on {run.data['name']}, but one on {described['name']} was asked for; name "
-                "another folder for it."
-            )
-        return run
-    unfinished = folder / "unfinished" / f"{name}-seed{seed}-{described['name']}"
-    with _stopwatch(unfinished / "seconds.txt") as seconds:
-        fields, masks = _make(recipe, seed, data, unfinished, progress)
-    threads = torch.get_num_threads()
-    run = RecordedRun(
-        name=name,
-        seed=seed,
-        command=f"mitoseg run {name} --seed {seed}" + (" --data phantom" if data == "phantom" else ""),
-        library_version=metadata.version("mitoseg-lib"),
-        date=datetime.now(UTC).date().isoformat(),
-        device=_device_name(threads),
-        wall_seconds=round(seconds(), 1),
-        data=described,
-        **fields,
-    )
-    if masks:
-        write_masks(run, masks, folder)
-    run.write(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return run
-
-
-def _make(
-    recipe: Recipe, seed: int, data: str, unfinished: Path, progress: bool | None
-) -> tuple[dict[str, Any], dict[int, NDArray[np.bool_]]]:
-    """Train and measure; return what a recorded run says of it, and masks of the test stack."""
-    stack = _load(data, "train")
-    split = recipe.parts(len(stack.image))
-    train, validation = stack.slices(split.train), stack.slices(split.validation)
-    patches, model = recipe.patches(train, seed), recipe.build(seed)
-    if recipe.calibrated:
-        calibrate_encoder(model, _image_batches(patches, recipe.batch_size))
-    watched = validation.slices(range(0, len(validation.image), recipe.validation_step))
-    history = fit(
-        model, patches, validation=watched, settings=recipe.settings(seed), checkpoints=unfinished, progress=progress
-    )
-    model.eval()
-    measure = _Measure(model, recipe)
-    threshold = measure.choose(validation) if recipe.tested else 0.5
-    found = {
-        "train": measure.scores(_some_slices(train, model)),
-        "validation": measure.scores(validation),
-        "test": None,
-    }
-    masks = {}
-    if recipe.tested:
-        test = _load(data, "test")
-        found["test"] = measure.scores(test)
-        masks = {z: measure.mask[z] for z in MASK_SLICES if z < len(measure.mask)}
-    return _fields(recipe, model, split, threshold) | found | {"history": history.as_rows()}, masks
-
-
-def _some_slices(train: Stack, model: nn.Module) -> Stack:
-    """Return some slices for the training's score: evenly spread, but neighbours for a 3D model, which needs them."""
-    middle = (len(train.image) - TRAIN_SLICES) // 2
-    if getattr(model, "ndim", 2) == 3 and middle > 0:
-        return train.slices(slice(middle, middle + TRAIN_SLICES))
-    return train.slices(_spread(range(len(train.image)), TRAIN_SLICES))
-
-
-class _Measure:
-    """Scores of a model at one threshold; the last stack's mask stays at hand."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model, self.loss = model, LOSSES[recipe.loss]()
-        self.precision = "fp32" if recipe.precision == "fp32" else "auto"
-        self.threshold = 0.5
-        self.mask: NDArray[np.bool_] = np.zeros((0, 0, 0), bool)
-
-    def choose(self, validation: Stack) -> float:
-        """Choose the threshold on the validation slices, and return it."""
-        probabilities = predict_stack(self.model, validation.image, precision=self.precision)
-        self.threshold = choose_threshold(probabilities, validation.require_labels())
-        return self.threshold
-
-    def scores(self, stack: Stack) -> dict[str, float]:
-        """Return loss, IoU, Dice, precision and recall, from counts pooled over the stack."""
-        labels = stack.require_labels()
-        probabilities = predict_stack(self.model, stack.image, precision=self.precision)
-        self.mask = probabilities >= self.threshold
-        pooled = scores(self.mask, labels).as_dict()
-        pooled.pop("accuracy")
-        return {"loss": mean_slice_loss(probabilities, labels, loss=self.loss)} | pooled
-
-
-def _fields(recipe: Recipe, model: nn.Module, split: Split, threshold: float) -> dict[str, Any]:
-    """Return the settings as a recorded run names them."""
-    unwrapped = getattr(model, "model", model)
-    options = ", ".join(f"{name}={value}" for name, value in recipe.unet.items())
-    n_labelled = len(split.train)
-    mistake = f"; mistake: {recipe.mistake}" if recipe.mistake else ""
-    frozen = ("frozen, calibrated" if recipe.calibrated else "frozen") if recipe.frozen else "trained"
-    is_encoder = isinstance(unwrapped, EncoderUNet)
-    patches = f"{recipe.fixed} patches, again and again" if recipe.fixed else "fresh patches"
-    return {
-        "model": (f"U-Net on {recipe.encoder}, encoder {frozen}" if is_encoder else f"UNet({options})") + mistake,
-        "encoder": recipe.encoder,
-        "encoder_weights": recipe.encoder_weights,
-        "parameters": count_parameters(model),
-        "split": f"{recipe.split}: {n_labelled} slices of {split.train[0]} to {split.train[-1]} train, "
-        f"{len(split.validation)} of {split.validation[0]} to {split.validation[-1]} validate "
-        f"(1 of {recipe.validation_step} after each epoch)",
-        "epochs": recipe.epochs,
-        "batch_size": recipe.batch_size,
-        "patch_size": recipe.patch_size if isinstance(recipe.patch_size, int) else list(recipe.patch_size),
-        "optimizer": f"Adam, {recipe.schedule}, {recipe.steps} steps an epoch, {recipe.precision}",
-        "learning_rate": recipe.learning_rate,
-        "loss": recipe.loss,
-        "augmentation": f"{recipe.augmentation}; {patches}",
-        "threshold": threshold,
-        "threshold_chosen_on": "validation" if recipe.tested else "fixed",
-    }
-
-
-def _image_batches(patches: Dataset[Pair], batch_size: int) -> Iterator[Tensor]:
-    """Yield some batches of training images, of as many patches as a step takes."""
-    images = (patches[i][0] for i in range(min(CALIBRATION_BATCHES * batch_size, len(patches))))
-    while batch := list(islice(images, batch_size)):
-        yield torch.stack(batch)
-
-
-def _spread(indices: range | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Return so many of the indices, evenly spread; the middle one for 1."""
-    places = np.linspace(0, len(indices) - 1, min(count, len(indices)) + 2)[1:-1] if count == 1 else None
-    if places is None:
-        places = np.linspace(0, len(indices) - 1, min(count, len(indices)))
-    return tuple(indices[round(float(place))] for place in places)
-
-
-def _require_recipe(name: str) -> Recipe:
+def recipe_named(name: str) -> Recipe:
     """Return a recipe, or raise a ValueError with the names that are near."""
     if name in RECIPES:
         return RECIPES[name]
-    from difflib import get_close_matches
-
     near = get_close_matches(name, RECIPES, n=3, cutoff=0.4) or sorted(RECIPES)[:3]
     raise ValueError(f"There is no recipe {name!r}, but for example {', '.join(near)}; `mitoseg run --list` lists all.")
 
 
-def _describe(data: str) -> dict[str, Any]:
-    if data not in ("epfl", "phantom"):
-        raise ValueError(f"The data is {data!r}, but it must be 'epfl' or 'phantom'; choose one.")
-    return describe_epfl() if data == "epfl" else describe_example()
-
-
-def _load(data: str, part: str) -> Stack:
-    return load_example(part) if data == "phantom" else load_epfl({"train": "training", "test": "testing"}[part])
-
-
-def _device_name(threads: int) -> str:
-    """Return what a run was made on, without anything that names a machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"
-
-
-@contextmanager
-def _stopwatch(file: Path) -> Iterator[Callable[[], float]]:
-    """Count seconds, and add up those of all sessions of a run in a file; what a kill -9 cut off isn't counted."""
-    before = float(file.read_text()) if file.is_file() else 0.0
-    started = time.perf_counter()
-
-    def total() -> float:
-        return before + time.perf_counter() - started
-
-    try:
-        yield total
-    finally:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{total():.1f}\n")
+def spread_slices(indices: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return so many of the indices, evenly spread; the middle one for 1."""
+    n, count = len(indices), min(count, len(indices))
+    places = [(n - 1) / 2] if count == 1 else np.linspace(0, n - 1, count)
+    return tuple(indices[round(float(place))] for place in places)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from small_training import InterruptedPatches
 
-from mitoseg_lib import recipes
+from mitoseg_lib import recipes, recording
 from mitoseg_lib.stacks import Stack
 
 SHAPE = (40, 64, 72)
@@ -31,7 +31,7 @@ def record_until(folder, epoch, patch, number):
     from mitoseg_lib.cli import app
 
     InterruptedPatches.strike = (int(epoch), int(patch), int(number))
-    recipes.PatchDataset, recipes._load = InterruptedPatches, coded_stack
+    recipes.PatchDataset, recording._load = InterruptedPatches, coded_stack
     app(["run", "check", "--data", "phantom", "--output", folder, "--threads", "1"])
 
 

@@ -47,6 +47,7 @@ MODULE_ORDER = [
     "runs",
     "mistakes",
     "recipes",
+    "recording",
     "cli",
 ]
 IMAGE = ("image/png", "image/jpeg")

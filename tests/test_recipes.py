@@ -15,7 +15,7 @@ import pytest
 import torch
 from small_recording import SHAPE, coded_stack, slice_numbers
 
-from mitoseg_lib import recipes
+from mitoseg_lib import recipes, recording
 from mitoseg_lib.checkpoints import CheckpointFolder
 from mitoseg_lib.cli import app
 from mitoseg_lib.datasets import describe_example, load_example
@@ -23,7 +23,8 @@ from mitoseg_lib.inference import predict_stack
 from mitoseg_lib.losses import DiceBCELoss
 from mitoseg_lib.metrics import scores
 from mitoseg_lib.models import count_parameters
-from mitoseg_lib.recipes import RECIPES, Recipe, record
+from mitoseg_lib.recipes import RECIPES, Recipe
+from mitoseg_lib.recording import record
 from mitoseg_lib.runs import RecordedRun, read_masks, read_run
 from mitoseg_lib.splits import block_split
 from mitoseg_lib.training import TrainingSettings, mean_slice_loss
@@ -46,11 +47,11 @@ def one_thread():
 
 @pytest.fixture
 def small_stacks(monkeypatch):
-    monkeypatch.setattr(recipes, "_load", coded_stack)
+    monkeypatch.setattr(recording, "_load", coded_stack)
 
 
 def no_training(monkeypatch):
-    monkeypatch.setattr(recipes, "fit", lambda *_, **__: pytest.fail("nothing was to be trained"))
+    monkeypatch.setattr(recording, "fit", lambda *_, **__: pytest.fail("nothing was to be trained"))
 
 
 def files(folder):
@@ -194,9 +195,9 @@ def test_fixed_patches_are_the_same_few_in_each_epoch():
 def recorded(tmp_path_factory):
     """A run of the `check` recipe on the bundled stacks, its folder, and the model that came of it."""
     folder, models = tmp_path_factory.mktemp("results"), []
-    fit = recipes.fit
+    fit = recording.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "fit", lambda model, *a, **k: (models.append(model), fit(model, *a, **k))[1])
+        patch.setattr(recording, "fit", lambda model, *a, **k: (models.append(model), fit(model, *a, **k))[1])
         run = record("check", 0, data="phantom", folder=folder)
     return run, folder, models[0]
 
@@ -245,7 +246,7 @@ def test_its_masks_are_those_of_the_test_slices(recorded):
 
 
 def test_masks_are_drawn_at_the_threshold_that_was_chosen(tmp_path, small_stacks, monkeypatch):
-    monkeypatch.setattr(recipes, "choose_threshold", lambda found, _: float(np.median(found)))
+    monkeypatch.setattr(recording, "choose_threshold", lambda found, _: float(np.median(found)))
     run = record("check", 0, data="phantom", folder=tmp_path)
     (mask,) = read_masks(run, tmp_path).values()
     assert mask.shape == SHAPE[1:] and 0.2 < mask.mean() < 0.8
@@ -268,7 +269,7 @@ def test_a_run_that_is_recorded_is_read_and_nothing_changes(recorded, monkeypatc
 def test_a_folder_with_the_run_on_other_data_is_refused(recorded, monkeypatch):
     _, folder, _ = recorded
     no_training(monkeypatch)
-    monkeypatch.setattr(recipes, "describe_epfl", lambda: {"name": "epfl-official", "sha256": {}})
+    monkeypatch.setattr(recording, "describe_epfl", lambda: {"name": "epfl-official", "sha256": {}})
     before = files(folder)
     with pytest.raises(ValueError, match=r"check-seed0\.json is a run on phantom, but one on epfl-official"):
         record("check", 0, folder=folder)
@@ -306,7 +307,7 @@ def arguments_of_fit(monkeypatch, recipe, tmp_path):
         seen.update(options, model=model, patches=patches)
         raise StopHere
 
-    monkeypatch.setattr(recipes, "fit", stop)
+    monkeypatch.setattr(recording, "fit", stop)
     monkeypatch.setitem(RECIPES, "check", recipe)
     with pytest.raises(StopHere):
         record("check", 0, data="phantom", folder=tmp_path)
@@ -343,7 +344,7 @@ def test_the_test_stack_is_opened_by_runs_that_are_tested_only(monkeypatch, tmp_
         asked.append(part)
         return coded_stack(data, part)
 
-    monkeypatch.setattr(recipes, "_load", load)
+    monkeypatch.setattr(recording, "_load", load)
     monkeypatch.setitem(RECIPES, "check", wanting(tested=False))
     run = record("check", 0, data="phantom", folder=tmp_path)
     assert asked == ["train"]
@@ -391,7 +392,7 @@ def test_a_run_says_what_is_peculiar_about_it(monkeypatch, tmp_path, small_stack
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "_load", coded_stack)
+        patch.setattr(recording, "_load", coded_stack)
         return record("check", 0, data="phantom", folder=folder), folder
 
 
@@ -440,11 +441,11 @@ def test_stopped_in_mid_epoch_it_goes_on_as_if_nobody_had(interrupted, uninterru
 def test_stopped_between_the_training_and_the_file_it_is_not_trained_again(
     tmp_path, uninterrupted, small_stacks, monkeypatch
 ):
-    monkeypatch.setattr(recipes, "choose_threshold", lambda *_: (_ for _ in ()).throw(StopHere()))
+    monkeypatch.setattr(recording, "choose_threshold", lambda *_: (_ for _ in ()).throw(StopHere()))
     with pytest.raises(StopHere):
         record("check", 0, data="phantom", folder=tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(recipes, "_load", coded_stack)
+    monkeypatch.setattr(recording, "_load", coded_stack)
     steps = []
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_, **__: steps.append(1))
     run = record("check", 0, data="phantom", folder=tmp_path)
@@ -456,10 +457,10 @@ def test_the_command_goes_on_too(tmp_path, small_stacks, monkeypatch):
     """Its exit code is 130 after Ctrl-C, as a shell expects; the second call ends well."""
     from typer.testing import CliRunner
 
-    measure = recipes.mean_slice_loss
-    monkeypatch.setattr(recipes, "mean_slice_loss", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt("x")))
+    measure = recording.mean_slice_loss
+    monkeypatch.setattr(recording, "mean_slice_loss", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt("x")))
     command = ["run", "check", "--data", "phantom", "--output", str(tmp_path)]
     assert CliRunner().invoke(app, command).exit_code == 130
-    monkeypatch.setattr(recipes, "mean_slice_loss", measure)
+    monkeypatch.setattr(recording, "mean_slice_loss", measure)
     assert CliRunner().invoke(app, command).exit_code == 0
     assert (tmp_path / "check-seed0.json").is_file()
