@@ -50,6 +50,17 @@ def network_environment():
     return kept | {name: value for name, value in NETWORK_ENVIRONMENT.items() if value is not None}
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small networks, which are slower when they are shared out, and for sums of floats that must be the same."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def epfl_folder():
     """The folder of the real stacks; tests that want them skip where there are none."""

@@ -125,7 +125,7 @@ class RecordedRun:
     split: str
     epochs: int
     batch_size: int
-    patch_size: int
+    patch_size: int | list[int]
     optimizer: str
     learning_rate: float
     loss: str
@@ -244,7 +244,7 @@ def results_table(rows: Mapping[str, str], folder: Path = RESULTS) -> str:
     for label, name in rows.items():
         found = read_runs(name, folder)
         if not found:
-            lines.append(f"{label:{width}s}  not run yet: mitoseg run {name} --seed 0")
+            lines.append(f"{label:{width}s}not run yet: mitoseg run {name}")
             continue
         shown += found
         cells = "".join(f"{_mean_iou(found, part):>14s}" for part in ("train", "validation", "test"))

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Transform
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
@@ -29,8 +30,9 @@ from mitoseg_lib.stacks import Stack
 LABEL_COLOUR = "#E69F00"  # orange
 PREDICTION_COLOUR = "#56B4E9"  # sky blue
 CLASS_COLOURS = ("#009E73", "#E69F00", "#CC79A7")  # bluish green, orange, reddish purple
-OUTLINES = {"labels": (LABEL_COLOUR, "solid"), "predictions": (PREDICTION_COLOUR, "dashed")}
-# Grey (for black, which the dark theme would hide) and the palette without its yellow.
+# Line and width; dashes want to be thicker for the eye to follow them.
+OUTLINES = {"labels": (LABEL_COLOUR, "solid", 1.2), "predictions": (PREDICTION_COLOUR, (0, (3, 1)), 1.8)}
+# Grey in black's place, which is left to the legend of line styles, and the palette without its yellow.
 CURVE_COLOURS = ("#888888", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 CROSSHAIR_COLOUR = "#F0E442"  # yellow
 
@@ -228,7 +230,9 @@ def show_slices(
             _show_slice(ax, images[number], here, voxel_size_nm)
     fig.tight_layout(pad=0.4)
     if labels is not None and predictions is not None:
-        lines = [Line2D([], [], color=colour, linestyle=line) for colour, line in OUTLINES.values()]
+        lines = [
+            Line2D([], [], color=colour, linestyle=line, linewidth=width) for colour, line, width in OUTLINES.values()
+        ]
         _add_legend(fig, lines, list(OUTLINES))
     return fig
 
@@ -376,7 +380,7 @@ def plot_history(
         ax.axis("off")
     handles, names = axes[0, 0].get_legend_handles_labels()
     if any(quantity in ("iou", "loss") for quantity in what):
-        handles += [Line2D([], [], color="grey", linestyle=line) for line in ("-", "--")]
+        handles += [Line2D([], [], color="black", linestyle=line) for line in ("-", "--")]
         names += ["validation", "training"]
     fig.tight_layout(pad=0.4)
     _add_legend(fig, handles, names)
@@ -399,7 +403,7 @@ def _show_slice(
     ax.imshow(_check_slice(image), cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1)
     if extras.get("titles"):
         ax.set_title(extras["titles"], fontsize=9)
-    for name, (colour, line) in OUTLINES.items():
+    for name, (colour, line, width) in OUTLINES.items():
         mask = extras.get(name)
         if mask is None:
             continue
@@ -409,22 +413,25 @@ def _show_slice(
                 "pass the same slice of both."
             )
         if mask.any() and not mask.all():
-            ax.contour(mask, [0.5], colors=colour, linewidths=1.2, linestyles=line)
+            ax.contour(mask, [0.5], colors=colour, linewidths=width, linestyles=[line])
     if voxel_size_nm is not None:
         ax.set_aspect(voxel_size_nm[1] / voxel_size_nm[2])
         _add_scale_bar(ax, image.shape[:2], voxel_size_nm[2])
     elif note:
-        _write(ax, 0.03, 0.03, "scale unknown")
+        _write(ax, "scale unknown", (0.03, 0.03), ax.transAxes)
 
 
 def _add_scale_bar(ax: Axes, shape: tuple[int, int], nm_a_pixel: float) -> None:
     """Draw a white bar with a dark edge, and its length above it, at the lower left."""
     height, width = shape
     nm = scale_bar_nm(width * nm_a_pixel)
-    corner = (0.04 * width, 0.96 * height)
-    bar = Rectangle(corner, nm / nm_a_pixel, -0.015 * height, facecolor="white", edgecolor="black", linewidth=0.5)
+    thickness = 0.012 * max(shape)
+    left, bottom = 0.04 * width, height - max(0.04 * height, thickness)
+    bar = Rectangle(
+        (left, bottom), nm / nm_a_pixel, -thickness, facecolor="white", edgecolor="black", linewidth=0.5
+    )  # fmt: skip
     ax.add_patch(bar)
-    _write(ax, 0.04, 0.07, format_length(nm))
+    _write(ax, format_length(nm), (left, bottom - thickness), ax.transData, points_above=3)
 
 
 def _add_legend(fig: Figure, handles: list[Artist], names: list[str]) -> None:
@@ -432,10 +439,13 @@ def _add_legend(fig: Figure, handles: list[Artist], names: list[str]) -> None:
     fig.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=3, frameon=False)
 
 
-def _write(ax: Axes, across: float, up: float, text: str) -> None:
-    """Write white text with a dark edge, legible on any tissue; the place is in parts of the axes."""
+def _write(ax: Axes, text: str, place: tuple[float, float], of: Transform, *, points_above: float = 0) -> None:
+    """Write white text with a dark edge, legible on any tissue, at or above a place in the given coordinates."""
     edge = [withStroke(linewidth=2, foreground="black")]
-    ax.text(across, up, text, color="white", fontsize=8, transform=ax.transAxes, path_effects=edge)
+    ax.annotate(
+        text, place, (0, points_above), xycoords=of, textcoords="offset points",
+        color="white", fontsize=8, path_effects=edge, annotation_clip=False,
+    )  # fmt: skip
 
 
 def _check_volume(image: NDArray, labels: NDArray | None, prediction: NDArray | None) -> None:

@@ -1,4 +1,4 @@
-"""A recipe on small stacks; as a script, run by `test_recipes.py` in processes of their own that a signal ends."""
+"""A recipe on small stacks; as a script, run by `test_recording.py` in processes of their own that a signal ends."""
 
 import sys
 

@@ -37,13 +37,7 @@ from mitoseg_lib.training import (
 SCRIPT = Path(__file__).with_name("small_training.py")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The training is too small to share out, and the child processes use one thread too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder=None, *, model=None, strike=None, **changes):

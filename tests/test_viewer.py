@@ -418,7 +418,7 @@ def test_the_legend_names_each_training_and_what_the_lines_mean():
     (legend,) = fig.legends
     assert [text.get_text() for text in legend.get_texts()] == ["first", "second", "validation", "training"]
     styles = [(line.get_color(), line.get_linestyle()) for line in legend.get_lines()]
-    assert styles == [(viewer.CURVE_COLOURS[0], "-"), (viewer.CURVE_COLOURS[1], "-"), ("grey", "-"), ("grey", "--")]
+    assert styles == [(viewer.CURVE_COLOURS[0], "-"), (viewer.CURVE_COLOURS[1], "-"), ("black", "-"), ("black", "--")]
 
 
 def test_one_column_is_one_solid_curve_a_training():
