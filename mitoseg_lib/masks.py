@@ -103,9 +103,11 @@ def _to_mask(values: np.ndarray) -> tuple[np.ndarray, str | None]:
     if not may_be_smooth or lowest != 0 or highest not in FULL_SCALES or len(some) + 2 < FEWEST_SMOOTH:
         raise StackError(_wrong_values(grey.dtype, [lowest, *sorted(some), highest]))
     half = highest.item() / 2
+    is_rim = 2 * number < grey.size  # smoothing leaves most voxels as they were
+    doubt = "if they number instances, use --instances" if is_rim else "it looks like an image, so check the file"
     notice = (
         f"isn't a mask of two values: {number:,} of its {grey.size:,} voxels lie between 0 and {highest:g}, as after"
-        f" smoothing, so everything from {half:g} up counts as foreground; if they number instances, use --instances"
+        f" smoothing, so everything from {half:g} up counts as foreground; {doubt}"
     )
     return _by_slices(grey, lambda part: part >= half), notice
 

@@ -168,6 +168,15 @@ def test_exactly_half_is_foreground(tmp_path):
         assert (read_mask(write(tmp_path / "mask.tif", values)) == (values >= 0.5)).all()
 
 
+def test_where_most_voxels_lie_between_the_warning_says_that_it_may_be_an_image(tmp_path):
+    values = noise()
+    values[0, 0, :2] = 0, 255
+    with pytest.warns(StackWarning, match="looks like an image"):
+        read_mask(write(tmp_path / "mask.tif", values))
+    with pytest.warns(StackWarning, match="number instances, use --instances"):
+        read_mask(write(tmp_path / "mask.tif", smooth()))
+
+
 # --- colours
 
 
