@@ -125,7 +125,7 @@ def evaluate(
     surface_distance_nm is the average symmetric surface distance, null where a
     mask is empty or the voxel size unknown. A ratio of nothing to nothing is 1.
 
-    Examples:
+    For example:
       mitoseg evaluate predicted.tif labels.tif
       mitoseg evaluate predicted.tif labels.tif --voxel-size 5,5,5 --json
       mitoseg evaluate predicted.tif labels.tif --instances
