@@ -82,7 +82,7 @@ def surface_distance(
     if scale.shape != (3,) or not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError(f"The voxel size is {voxel_size_nm}, but three lengths in nm were expected; give (z, y, x).")
     surfaces = _surface(prediction), _surface(truth)
-    numbers = [np.count_nonzero(surface) for surface in surfaces]
+    numbers = [int(np.count_nonzero(surface)) for surface in surfaces]
     if not all(numbers):
         return None
     total = _sum_of_distances(*surfaces, scale) + _sum_of_distances(*surfaces[::-1], scale)

@@ -133,4 +133,5 @@ def test_the_bundled_labels():
     found = evaluate(moved, stack.labels, voxel_size_nm=stack.voxel_size_nm)
     assert found.iou < found.boundary_iou_1 and found.boundary_iou_1 > 0.99
     assert 0 < found.surface_distance_nm < stack.voxel_size_nm[2]
-    assert found.object_precision == found.object_recall > 0.8  # slivers at the volume's faces lose half of their IoU
+    # what leaves the volume on the right comes in on the left, where it is no object of the truth
+    assert found.object_recall == 1 and 0.8 < found.object_precision < 1
