@@ -1,5 +1,9 @@
 """The command ``mitoseg``."""
 
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -88,6 +92,96 @@ def run(
     measured = {"train": made.train, "validation": made.validation, "test": made.test}
     ious = ", ".join(f"{part} {found['iou']:.3f}" for part, found in measured.items() if found)
     typer.echo(f"{name}, seed {seed}: IoU {ious}, at threshold {made.threshold:g}")
+
+
+@app.command()
+def evaluate(
+    prediction: Annotated[Path, typer.Argument(help="TIFF of the predicted mask.", show_default=False)],
+    truth: Annotated[Path, typer.Argument(help="TIFF of the true mask.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    instances: Annotated[
+        bool, typer.Option("--instances", help="The files number objects; without it they are masks.")
+    ] = False,
+    voxel_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="z,y,x", help="Edges of a voxel in nm; else the files' own, the truth's first.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Score a predicted mask against the true one: voxels, objects, surfaces.
+
+    A mask is a TIFF volume of two values, of which the larger is foreground.
+    Of colours the largest channel counts; smooth masks are cut at half.
+
+    boundary_iou_1 and boundary_iou_2 are the IoU of the voxels more than 1 or 2
+    voxels (rows and columns, inside a slice) from the truth's boundaries: what
+    remains when the uncertain rim of the labels is left out. They are not the
+    "Boundary IoU" of Cheng et al. (2021).
+
+    object_precision and object_recall count objects, which are connected by
+    faces, edges or corners; two match if their IoU is above 0.5.
+
+    surface_distance_nm is the average symmetric surface distance, null where a
+    mask is empty or the voxel size unknown. A ratio of nothing to nothing is 1.
+
+    For example:
+      mitoseg evaluate predicted.tif labels.tif
+      mitoseg evaluate predicted.tif labels.tif --voxel-size 5,5,5 --json
+      mitoseg evaluate predicted.tif labels.tif --instances
+    """
+    size = None if voxel_size is None else _voxel_size(voxel_size)
+    import json
+
+    from mitoseg_lib.evaluation import evaluate_files
+    from mitoseg_lib.stacks import StackError
+
+    try:
+        with _notices_on_stderr():
+            found = evaluate_files(prediction, truth, voxel_size_nm=size, instances=instances, progress=True)
+    except StackError as error:
+        typer.echo(f"mitoseg: {error}", err=True)
+        raise typer.Exit(1) from None
+    except MemoryError:
+        typer.echo("mitoseg: the volumes don't fit into memory; compare smaller stacks cut from them.", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("mitoseg: stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.as_table())
+
+
+def _voxel_size(text: str) -> tuple[float, ...]:
+    """Three lengths above 0, as in 30,8,8."""
+    try:
+        edges = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        edges = ()
+    if len(edges) != 3 or not all(0 < edge < math.inf for edge in edges):
+        raise typer.BadParameter(
+            f"{text!r} was given, but three lengths in nm above 0 were expected; write them as 30,8,8 (z,y,x).",
+            param_hint="--voxel-size",
+        )
+    return edges
+
+
+@contextmanager
+def _notices_on_stderr() -> Iterator[None]:
+    """Say what the library warns of in sentences like all others, without the line of code that it came from."""
+    from mitoseg_lib.stacks import StackWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", StackWarning)
+        show = warnings.showwarning
+
+        def echo(message: Warning, category: type[Warning], *place: object) -> None:
+            if issubclass(category, StackWarning):
+                typer.echo(f"mitoseg: {message}", err=True)
+            else:
+                show(message, category, *place)
+
+        warnings.showwarning = echo
+        yield
 
 
 if __name__ == "__main__":

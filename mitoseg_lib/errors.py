@@ -1,4 +1,4 @@
-"""The one error that bad input raises; `mitoseg_lib.stacks` hands it on, so import it from there."""
+"""The one error that bad input raises, and the one warning; `mitoseg_lib.stacks` hands both on: import from there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ FilePath = str | os.PathLike[str]
 
 class StackError(ValueError):
     """Bad input: one sentence that says which file, what was found, what was expected, and what to do."""
+
+
+class StackWarning(UserWarning):
+    """What a person should know of input that was accepted: one sentence."""
 
 
 def damaged(what: str) -> StackError:

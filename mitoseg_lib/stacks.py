@@ -14,10 +14,21 @@ from operator import index
 
 import numpy as np
 
-from mitoseg_lib.errors import FilePath, StackError, named_errors, require_file
+from mitoseg_lib.errors import FilePath, StackError, StackWarning, named_errors, require_file
+from mitoseg_lib.masks import read_labels, read_mask
 from mitoseg_lib.tiff import read_volume
 
-__all__ = ["Stack", "StackError", "file_sha256", "load_stack", "read_mask", "to_uint8", "verify_sha256"]
+__all__ = [
+    "Stack",
+    "StackError",
+    "StackWarning",
+    "file_sha256",
+    "load_stack",
+    "read_labels",
+    "read_mask",
+    "to_uint8",
+    "verify_sha256",
+]
 
 # Percentiles of a volume that become 0 and 255: the few voxels beyond are hot or dead pixels of the detector.
 DARKEST, BRIGHTEST = 0.1, 99.9
@@ -181,63 +192,6 @@ def load_stack(
             )
     name = os.path.splitext(os.path.basename(os.fsdecode(image)))[0]
     return Stack(values, mask, voxel_size_nm if voxel_size_nm is not None else found_nm, name)
-
-
-def read_mask(path: FilePath) -> np.ndarray:
-    """Read a mask of mitochondria from a TIFF.
-
-    Parameters
-    ----------
-    path
-        TIFF of one volume with at most two values, of which the smaller is 0, the background; usual are 0 and
-        1, or 0 and 255. A file that is all foreground holds only 1 or only 255.
-
-    Returns
-    -------
-    numpy.ndarray
-        bool (z, y, x), True in mitochondria.
-
-    Raises
-    ------
-    StackError
-        If the file is damaged, or holds more values (instance numbers, probabilities) or others.
-    """
-    values, _ = read_volume(path)
-    if values.dtype == np.bool_:
-        return values
-    with named_errors(path):
-        return _two_values_to_bool(values)
-
-
-def _two_values_to_bool(values: np.ndarray) -> np.ndarray:
-    """Mask of the larger of two values; the smaller must be 0. A uint8 array's memory becomes the mask's."""
-    foreground = values.max()
-    if not np.isfinite(foreground):
-        raise StackError("holds NaN or infinite values, but labels of two values were expected; replace them")
-    mask = values.view(np.bool_) if values.dtype == np.uint8 else np.empty(values.shape, np.bool_)
-    for number, (grey, target) in enumerate(zip(values, mask, strict=True)):
-        equal = np.count_nonzero(grey == foreground) if foreground else 0
-        if np.count_nonzero(grey) != equal:
-            raise StackError(_wrong_labels(grey, number))
-        np.not_equal(grey, 0, out=target)
-    if foreground not in (0, 1, 255) and mask.all():
-        raise StackError(
-            f"holds only the value {foreground}, but labels of 0 and 1 or 0 and 255 were expected; save them as such"
-        )
-    return mask
-
-
-def _wrong_labels(grey: np.ndarray, number: int) -> str:
-    """What is wrong with a slice of labels."""
-    found = np.unique(grey)
-    listed = ", ".join(f"{value:g}" for value in found[:4]) + (", ..." if len(found) > 4 else "")
-    if not np.isfinite(found).all():
-        what, remedy = "NaN or infinite values", "replace them"
-    elif grey.dtype.kind == "f" and found[0] >= 0 and found[-1] <= 1:
-        what, remedy = f"probabilities ({listed})", "compare them with a threshold"
-    else:
-        what, remedy = f"the values {listed}", "make everything that isn't background one value"
-    return f"holds {what} in slice {number}, but labels of two values, 0 and another, were expected; {remedy}"
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:

@@ -1,10 +1,13 @@
 import json
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from typer.testing import CliRunner
 
 from mitoseg_lib.cli import app
+from mitoseg_lib.surfaces import surface_distance
 
 EPFL_FILES = ("training.tif", "training_groundtruth.tif", "testing.tif", "testing_groundtruth.tif")
 
@@ -110,7 +113,216 @@ def test_run_with_arguments_that_cannot_be_meant_is_a_usage_error(arguments, wor
     assert words in result.stderr and "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [["--help"], ["fetch", "--help"], ["run", "--help"]])
+# --- mitoseg evaluate
+
+SHAPE = (6, 30, 40)
+NAMES = ["iou", "dice", "precision", "recall", "boundary_iou_1", "boundary_iou_2"]
+NAMES += ["object_precision", "object_recall", "surface_distance_nm"]
+
+
+def truth_mask():
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:4, 3:12, 4:15] = mask[2:6, 18:27, 22:36] = 255
+    return mask
+
+
+def predicted_mask():
+    """The first object one column to the right, the second not at all, and a wrong one."""
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:4, 3:12, 5:16] = mask[0, 25:28, 2:5] = 255
+    return mask
+
+
+def write(path, values, size=None, **options):
+    if size:
+        options |= {"imagej": True, "resolution": (1 / size[2], 1 / size[1])}
+        options["metadata"] = {"axes": "ZYX", "spacing": float(size[0]), "unit": "nm"}
+    tifffile.imwrite(path, values, **{"photometric": "minisblack"} | options)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write(tmp_path / "predicted.tif", predicted_mask()), write(tmp_path / "labels.tif", truth_mask())
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def only_object(text):
+    """The one JSON object that a text must be."""
+    found, end = json.JSONDecoder().raw_decode(text)
+    assert text[end:] == "\n" and text.startswith("{") and list(found) == NAMES
+    return found
+
+
+def test_evaluate_prints_one_json_object_and_nothing_else(files):
+    result = evaluate(*files, "--json", "--voxel-size", "30,8,5")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = only_object(result.stdout)
+    true, predicted = truth_mask() > 0, predicted_mask() > 0
+    assert found["iou"] == (true & predicted).sum() / (true | predicted).sum()
+    assert (found["object_precision"], found["object_recall"]) == (0.5, 0.5)
+    assert found["surface_distance_nm"] == surface_distance(predicted, true, (30, 8, 5))
+
+
+def test_evaluate_says_in_words_what_it_says_in_json(files):
+    result = evaluate(*files, "--voxel-size", "5,5,5")
+    found = only_object(evaluate(*files, "--voxel-size", "5,5,5", "--json").stdout)
+    lines = result.stdout.splitlines()
+    assert (result.exit_code, result.stderr, len(lines)) == (0, "", 9)
+    values = [line.removesuffix(" nm").split()[-1] for line in lines]
+    assert values == [*(f"{found[name]:.4f}" for name in NAMES[:-1]), f"{found['surface_distance_nm']:.1f}"]
+    assert {line.rfind(".") for line in lines[:-1]} == {lines[0].rfind(".")}  # aligned
+
+
+def test_a_mask_against_itself_is_perfect(files):
+    found = only_object(evaluate(files[1], files[1], "--json", "--voxel-size", "30,8,5").stdout)
+    assert found == dict.fromkeys(NAMES, 1.0) | {"surface_distance_nm": 0.0}
+
+
+def test_without_a_voxel_size_the_distance_is_null_and_stderr_says_why(files):
+    result = evaluate(*files, "--json")
+    assert result.exit_code == 0 and only_object(result.stdout)["surface_distance_nm"] is None
+    assert_one_sentence(result.stderr)
+    assert "--voxel-size" in result.stderr
+    assert evaluate(*files).stdout.endswith(" unknown\n")
+
+
+@pytest.mark.parametrize("which", ["prediction", "truth", "prediction and the truth"])
+def test_to_an_empty_mask_the_distance_is_null_and_stderr_says_why(files, which):
+    for name, path in zip(("prediction", "truth"), files, strict=True):
+        if name in which:
+            write(path, np.zeros(SHAPE, np.uint8))
+    result = evaluate(*files, "--json", "--voxel-size", "5,5,5")
+    found = only_object(result.stdout)
+    assert found["surface_distance_nm"] is None and found["iou"] == (1 if "and" in which else 0)
+    assert_one_sentence(result.stderr)
+    assert f"the {which} ha" in result.stderr
+
+
+def test_the_voxel_size_is_the_options_then_the_truths_then_the_predictions(files):
+    prediction, truth = predicted_mask() > 0, truth_mask() > 0
+    a, b, c = (30, 8, 5), (50, 4, 4), (5, 5, 5)
+    for stated, options, expected in [
+        ((a, None), (), a),
+        ((None, b), (), b),
+        ((a, b), (), b),
+        ((a, b), ("--voxel-size", "5,5,5"), c),
+        ((b, b), (), b),
+    ]:
+        for path, values, size in zip(files, (predicted_mask(), truth_mask()), stated, strict=True):
+            write(path, values, size)
+        result = evaluate(*files, "--json", *options)
+        found = only_object(result.stdout)["surface_distance_nm"]
+        assert found == pytest.approx(surface_distance(prediction, truth, expected), rel=1e-5)
+        if stated == (a, b) and not options:
+            assert_one_sentence(result.stderr)
+            assert "30 x 8 x 5" in result.stderr and "50 x 4 x 4" in result.stderr
+        else:
+            assert result.stderr == ""
+
+
+def test_smooth_masks_are_noticed_on_stderr_with_the_files_name(files):
+    smooth = predicted_mask()
+    smooth[1:4, 3, 5:8] = [40, 90, 200]
+    write(files[0], smooth)
+    result = evaluate(*files, "--json", "--voxel-size", "5,5,5")
+    only_object(result.stdout)
+    assert result.exit_code == 0
+    assert_one_sentence(result.stderr)
+    assert result.stderr.startswith("mitoseg: predicted.tif isn't a mask of two values")
+
+
+def test_instances_are_the_objects_only_where_they_are_asked_for(tmp_path):
+    truth = np.zeros(SHAPE, np.uint16)
+    truth[1:4, 3:12, 4:15], truth[1:4, 3:12, 15:26], truth[5, 3:9, 4:9] = 1, 2, 300  # 1 and 2 touch
+    path = write(tmp_path / "labels.tif", truth)
+    mask = write(tmp_path / "mask.tif", (truth > 0).astype(np.uint8))
+    refused = evaluate(path, path, "--json")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert_one_sentence(refused.stderr)
+    assert "0, 1, 2, 300" in refused.stderr and "--instances" in refused.stderr
+    result = evaluate(path, path, "--json", "--instances", "--voxel-size", "5,5,5")
+    assert only_object(result.stdout) == dict.fromkeys(NAMES, 1.0) | {"surface_distance_nm": 0.0}
+    against_mask = evaluate(mask, path, "--json", "--instances", "--voxel-size", "5,5,5")
+    found = only_object(against_mask.stdout)
+    assert (found["iou"], found["object_precision"], found["object_recall"]) == (1, 0, 0)
+    assert_one_sentence(against_mask.stderr)
+    assert "mask.tif numbers one instance only" in against_mask.stderr
+
+
+def broken(kind, folder):
+    path = folder / "broken.tif"
+    values = truth_mask()
+    if kind == "missing":
+        return path, "doesn't exist"
+    if kind == "folder":
+        return folder, "folder"
+    if kind == "text":
+        path.write_text("labels")
+        return path, "isn't a TIFF"
+    if kind == "cut":
+        write(path, values)
+        path.write_bytes(path.read_bytes()[:4000])
+        return path, "damaged"
+    if kind == "shape":
+        return write(path, values[:4]), "(4, 30, 40)"
+    if kind == "three values":
+        values[0, 0, 0] = 7
+        return write(path, values), "0, 7, 255"
+    if kind == "nan":
+        return write(path, np.where(values > 0, np.nan, 0).astype(np.float32)), "NaN"
+    return write(path, np.stack([values] * 3 + [values // 2], axis=3), photometric="rgb"), "alpha"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("kind", ["missing", "folder", "text", "cut", "shape", "three values", "nan", "alpha"])
+def test_a_file_that_cannot_be_compared_is_one_sentence_and_exit_code_1(files, tmp_path, kind, options):
+    path, words = broken(kind, tmp_path)
+    for pair in ((path, files[1]), (files[0], path)):
+        result = evaluate(*pair, *options)
+        assert (result.exit_code, result.stdout) == (1, ""), result.output
+        assert_one_sentence(result.stderr)
+        assert words in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("size", ["5", "5,5", "5,5,5,5", "5,5,0", "5,5,-1", "5,5,nan", "5,5,inf", "a,b,c", ""])
+def test_a_voxel_size_of_something_else_is_a_usage_error(files, size):
+    result = evaluate(*files, "--json", "--voxel-size", size)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "three lengths" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["one.tif"], ["one.tif", "two.tif", "three.tif"], ["a", "b", "--jsn"]])
+def test_evaluate_with_arguments_that_cannot_be_meant_is_a_usage_error(arguments):
+    result = evaluate(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_memory_that_does_not_suffice_and_ctrl_c_are_one_sentence(files, monkeypatch):
+    from mitoseg_lib import evaluation
+
+    for error, code in ((MemoryError, 1), (KeyboardInterrupt, 130)):
+
+        def fail(*masks, error=error):
+            raise error
+
+        monkeypatch.setattr(evaluation, "scores", fail)
+        result = evaluate(*files, "--json")
+        assert (result.exit_code, result.stdout) == (code, "")
+        assert_one_sentence(result.stderr)
+
+
+def test_the_help_of_evaluate_has_examples_and_says_what_boundary_iou_is_not():
+    result = CliRunner().invoke(app, ["evaluate", "--help"])
+    assert result.exit_code == 0
+    assert "mitoseg evaluate predicted.tif labels.tif --voxel-size 5,5,5 --json" in result.output
+    assert "Cheng" in result.output and "z,y,x" in result.output
+
+
+@pytest.mark.parametrize("command", [["--help"], ["fetch", "--help"], ["run", "--help"], ["evaluate", "--help"]])
 def test_the_installed_command_starts(command):
     import subprocess
     import sys

@@ -3,6 +3,7 @@
 `mitoseg_lib.stacks` is the door; nothing else needs to come in here.
 """
 
+from mitoseg_lib.tiff.metadata import VoxelSize
 from mitoseg_lib.tiff.volume import read_volume
 
-__all__ = ["read_volume"]
+__all__ = ["VoxelSize", "read_volume"]

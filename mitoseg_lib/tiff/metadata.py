@@ -42,21 +42,28 @@ class Description:
     voxel_size_nm: VoxelSize | None = None
 
 
-def read_description(text: str) -> Description:
+def read_description(text: str, samples: int = 1) -> Description:
     """Parse the ImageDescription of a file's first page.
+
+    Parameters
+    ----------
+    text
+        The description.
+    samples
+        Samples a pixel: 1 for grey, 3 for RGB, 4 for RGBA. Some dialects count them as an axis or as channels.
 
     Raises
     ------
     StackError
-        If the description is of a known kind but damaged, or declares something else than one grey volume.
+        If the description is of a known kind but damaged, or declares something else than one volume.
     """
     text = text.strip("\0 \r\n\t")
     if text.startswith("ImageJ="):
         return _imagej(text)
     if text.startswith('{"shape"'):
-        return _shaped(text)
+        return _shaped(text, samples)
     if "<OME" in text[:2000] or text.endswith("OME>"):
-        return _ome(text)
+        return _ome(text, samples)
     return Description()
 
 
@@ -97,7 +104,7 @@ def _imagej(text: str) -> Description:
     return Description(images if images > 1 else None, None, _number(values.get("spacing")), values.get("unit"))
 
 
-def _shaped(text: str) -> Description:
+def _shaped(text: str, samples: int) -> Description:
     """tifffile: JSON with the array's shape."""
     try:
         values = json.loads(text)
@@ -105,6 +112,8 @@ def _shaped(text: str) -> Description:
         axes = str(values.get("axes", ""))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise damaged("its description can't be read") from None
+    if samples > 1:
+        shape, axes = _without_samples(shape, axes, samples)
     channels = [length for axis, length in zip(axes, shape, strict=False) if axis in "CS"]
     _require_one_volume(channels, shape[:-2])
     plane = (shape[-2], shape[-1]) if len(shape) > 1 else None
@@ -114,7 +123,15 @@ def _shaped(text: str) -> Description:
     return Description(slices, plane, spacing, unit if isinstance(unit, str) else None)
 
 
-def _ome(text: str) -> Description:
+def _without_samples(shape: list[int], axes: str, samples: int) -> tuple[list[int], str]:
+    """Shape and axes without those of the colours: the last, or the third last if each colour has a plane."""
+    place = len(shape) - (1 if shape[-1:] == [samples] else 3)
+    if place < 0 or shape[place] != samples:
+        raise damaged(f"it has {samples} samples a pixel and its own description says {shape}")
+    return shape[:place] + shape[place + 1 :], axes[:place] + axes[place + 1 :]
+
+
+def _ome(text: str, samples: int) -> Description:
     """OME-XML: one image whose planes are this file's pages in order (OME-TIFF specification 6)."""
     try:
         root = ElementTree.fromstring(text)
@@ -125,7 +142,8 @@ def _ome(text: str) -> Description:
         raise StackError(f"holds {len(pixels)} OME images, but one stack was expected; save the stack alone")
     values = pixels[0].attrib
     sizes = {axis: _count(values.get(f"Size{axis}", "")) for axis in "CZTYX"}
-    _require_one_volume([sizes["C"]], [sizes["Z"], sizes["T"]])
+    is_one_colour_image = sizes["C"] == samples
+    _require_one_volume([1 if is_one_colour_image else sizes["C"]], [sizes["Z"], sizes["T"]])
     slices = sizes["Z"] * sizes["T"]
     _require_planes_in_order(pixels[0], slices)
     lengths = [

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tifffile
@@ -30,6 +30,7 @@ DATA_TYPES = {
     **{(FLOAT, 16): "f2", (FLOAT, 32): "f4", (FLOAT, 64): "f8"},
 }
 RGB = 2  # value of PhotometricInterpretation
+SEPARATE_PLANES = 2  # value of PlanarConfiguration
 
 # The most bytes that one compressed byte can stand for: a larger size is damage, and would only fill the
 # memory. Deflate: 258 bytes in 2 bits; LZW: at most 4,096 bytes in 12 bits; PackBits: 128 bytes in 2.
@@ -42,7 +43,7 @@ READ_SIZE = 2**24  # bytes in one call
 JPEG_COMPRESSIONS = {6, 7, 33007, 34892}
 
 
-def read_volume(path: FilePath) -> tuple[np.ndarray, VoxelSize | None]:
+def read_volume(path: FilePath, *, colour: bool = False) -> tuple[np.ndarray, VoxelSize | None]:
     """Read a TIFF as one volume.
 
     Parameters
@@ -51,18 +52,21 @@ def read_volume(path: FilePath) -> tuple[np.ndarray, VoxelSize | None]:
         A TIFF or BigTIFF of one grey volume: a page a slice, or one page followed by the other slices' raw
         pixels (as ImageJ writes volumes over 4 GB). Values come back as they are stored: colour maps and
         'white is zero' are not applied.
+    colour
+        Whether a volume of RGB or RGBA pixels is accepted as well.
 
     Returns
     -------
     volume
         Array (z, y, x) of the file's own type, in this machine's byte order, in memory; it may be changed.
+        Colours are (z, y, x, 3), or (z, y, x, 4) with alpha.
     voxel_size_nm
         Edges of a voxel, (z, y, x), from ImageJ's, tifffile's or OME's metadata, or None.
 
     Raises
     ------
     StackError
-        If the file is missing, damaged, or not one grey 3D volume. Changed pixel values of a file without
+        If the file is missing, damaged, or not one 3D volume of the kind wanted. Changed pixel values of a file without
         compression leave no trace in it: only a checksum shows them.
     """
     with named_errors(path):
@@ -70,12 +74,13 @@ def read_volume(path: FilePath) -> tuple[np.ndarray, VoxelSize | None]:
         with open(path, "rb", buffering=0) as stream:
             file = TiffFile(stream)
             pages = list(file.directories())
-            layout, description = _checked_layout(file, pages)
+            layout, description = _checked_layout(file, pages, colour)
             volume = np.empty(layout.shape, layout.dtype)
             (_read_plain if layout.is_plain else _decode)(file, layout, volume)
             if not volume.dtype.isnative:
                 volume = volume.byteswap(inplace=True).view(volume.dtype.newbyteorder("="))
-            return volume, _voxel_size(pages[0], description)
+            pixels = volume if volume.ndim == 3 else layout.pixels(volume)
+            return pixels, _voxel_size(pages[0], description)
 
 
 # --- directories to a layout --------------------------------------------------------------------------------
@@ -85,19 +90,25 @@ def read_volume(path: FilePath) -> tuple[np.ndarray, VoxelSize | None]:
 class Layout:
     """Where the pixels are: `offsets`, `counts` and decoded `sizes` are in bytes, (page, segment).
 
-    Segments are strips of whole rows, or tiles in rows; `is_plain` means strips of the array's own bytes.
+    Segments are strips of whole rows, or tiles in rows; `is_plain` means strips of the array's own bytes. The
+    shape is (z, y, x), with the colours behind or, if each has a plane of its own (`is_planar`), behind z.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype
     segment_shape: tuple[int, int]
     is_plain: bool
+    is_planar: bool
     offsets: np.ndarray
     counts: np.ndarray
     sizes: np.ndarray
 
+    def pixels(self, volume: np.ndarray) -> np.ndarray:
+        """View (z, y, x, sample) of an array of this shape."""
+        return np.moveaxis(volume, 1, 3) if self.is_planar else volume.reshape(*volume.shape[:3], -1)
 
-def _checked_layout(file: TiffFile, pages: list[Directory]) -> tuple[Layout, Description]:
+
+def _checked_layout(file: TiffFile, pages: list[Directory], colour: bool) -> tuple[Layout, Description]:
     """Check all pages against each other, against what the file declares, and against its size."""
     if not pages:
         raise damaged("it has no page")
@@ -108,38 +119,55 @@ def _checked_layout(file: TiffFile, pages: list[Directory]) -> tuple[Layout, Des
                 f"has pages of different kinds (page {number} isn't like page 1 in size or type), but the slices of"
                 " one stack were expected; save the stack alone"
             )
-    dtype = _pixel_type(first, file.order)
-    description = read_description(bytes(first.tags.get(tags.DESCRIPTION, b"")).decode("utf-8", "replace"))
+    samples = _samples(first, colour)
+    dtype = _pixel_type(first, file.order, samples)
+    description = read_description(bytes(first.tags.get(tags.DESCRIPTION, b"")).decode("utf-8", "replace"), samples)
     plane = first.number(tags.LENGTH), first.number(tags.WIDTH)
     if description.plane not in (None, plane):
         raise damaged(f"its slices are {plane} and its own description says {description.plane}")
-    layout = _with_following_slices(_layout(pages, plane, dtype), first, description.slices)
+    layout = _with_following_slices(_layout(pages, plane, dtype, samples), first, description.slices)
     _check_slices(layout.shape[0], description.slices)
     _check_segments(file, layout, LARGEST_RATIO.get(first.number(tags.COMPRESSION), LARGEST_RATIO_OF_OTHERS))
     _check_ranges(file, layout, pages, description)
     return layout, description
 
 
-def _pixel_type(page: Directory, order: str) -> np.dtype:
-    """Type of the pixels; StackError if they aren't grey, or of a type that nothing here uses."""
-    samples = page.number(tags.SAMPLES)
-    if samples != 1 or page.geometry[tags.PHOTOMETRIC] == (RGB,):
-        raise StackError(
-            f"is a colour image ({samples} samples a pixel), but a grey stack was expected; convert it to 8-bit grey"
-        )
+def _samples(page: Directory, colour: bool) -> int:
+    """Samples a pixel; StackError unless the page is grey or, where colours are accepted, RGB or RGBA."""
+    samples, is_rgb = page.number(tags.SAMPLES), page.geometry[tags.PHOTOMETRIC] == (RGB,)
+    if (samples == 1 and not is_rgb) or (colour and is_rgb and samples in (3, 4)):
+        return samples
+    expected = "a grey, RGB or RGBA stack" if colour else "a grey stack"
+    raise StackError(
+        f"is a colour image ({samples} samples a pixel), but {expected} was expected; convert it to 8-bit grey"
+    )
+
+
+def _pixel_type(page: Directory, order: str, samples: int) -> np.dtype:
+    """Type of the pixels; StackError if nothing here uses it."""
     if page.number(tags.DEPTH) != 1:
         raise StackError("holds several slices in one page, but a page a slice was expected; save it with Fiji")
-    kind = page.number(tags.SAMPLE_FORMAT), page.number(tags.BITS)
-    if kind not in DATA_TYPES:
+    kind = _of_each_sample(page, tags.SAMPLE_FORMAT, samples), _of_each_sample(page, tags.BITS, samples)
+    if kind not in DATA_TYPES or (samples > 1 and kind[1] < 8):
         is_complex = kind[0] in (COMPLEX_INTEGER, COMPLEX)
         what = "complex numbers" if is_complex else f"{kind[1]}-bit samples of format {kind[0]}"
         raise StackError(f"holds {what}, but uint8, uint16 or float samples were expected; convert it")
     return np.dtype(DATA_TYPES[kind]).newbyteorder(order)
 
 
-def _layout(pages: list[Directory], plane: tuple[int, int], dtype: np.dtype) -> Layout:
+def _of_each_sample(page: Directory, code: int, samples: int) -> int:
+    """Value of a tag that is stated for each sample, and must be the same for all, or once for all."""
+    value = page.geometry[code]
+    if samples > 1 and isinstance(value, tuple) and value == value[:1] * samples:
+        return value[0]
+    return page.number(code)
+
+
+def _layout(pages: list[Directory], plane: tuple[int, int], dtype: np.dtype, samples: int) -> Layout:
     """Layout as the directories state it."""
     first, is_bits = pages[0], dtype.kind == "b"
+    is_planar = samples > 1 and first.number(tags.PLANAR_CONFIGURATION) == SEPARATE_PLANES
+    planes, together = (samples, 1) if is_planar else (1, samples)
     is_tiled = tags.TILE_OFFSETS in first.tags
     if is_tiled:
         codes = (tags.TILE_OFFSETS, tags.TILE_COUNTS)
@@ -147,21 +175,23 @@ def _layout(pages: list[Directory], plane: tuple[int, int], dtype: np.dtype) -> 
     else:
         codes = (tags.STRIP_OFFSETS, tags.STRIP_COUNTS)
         part = min(first.number(tags.ROWS_PER_STRIP), plane[0]), plane[1]
-    row_bytes = -(-part[1] // 8) if is_bits else part[1] * dtype.itemsize
+    row_bytes = -(-part[1] // 8) if is_bits else part[1] * dtype.itemsize * together
     if part[0] * row_bytes > LARGEST_SEGMENT:
         raise damaged(f"its pixels come in parts of {part[0]:,} x {part[1]:,}")
     rows, columns = -(-plane[0] // part[0]), -(-plane[1] // part[1])  # rounded up
-    offsets, counts = (_segment_table(pages, code, rows * columns) for code in codes)
+    offsets, counts = (_segment_table(pages, code, planes * rows * columns) for code in codes)
     lengths = np.full(rows, part[0])
     if not is_tiled:
         lengths[-1] = plane[0] - (rows - 1) * part[0]
-    sizes = np.broadcast_to(np.repeat(lengths * row_bytes, columns), offsets.shape)
+    sizes = np.broadcast_to(np.tile(np.repeat(lengths * row_bytes, columns), planes), offsets.shape)
     is_raw = first.number(tags.COMPRESSION) == UNCOMPRESSED
     if is_raw:  # some writers count a whole strip for the last, shorter one
         counts = np.minimum(counts, sizes)
     is_plain = is_raw and not is_tiled and not is_bits
     is_plain = is_plain and first.number(tags.PREDICTOR) == first.number(tags.FILL_ORDER) == 1
-    return Layout((len(pages), *plane), dtype, part, is_plain, offsets, counts, sizes)
+    colours = (samples,) if samples > 1 else ()
+    shape = (len(pages), *colours, *plane) if is_planar else (len(pages), *plane, *colours)
+    return Layout(shape, dtype, part, is_plain, is_planar, offsets, counts, sizes)
 
 
 def _segment_table(pages: list[Directory], code: int, per_page: int) -> np.ndarray:
@@ -183,8 +213,7 @@ def _with_following_slices(layout: Layout, page: Directory, declared: int | None
         raise damaged(f"its page needs {size:,} bytes and lists {stated:,}")
     offsets = layout.offsets[0, 0] + size * np.arange(declared)[:, None]
     sizes = np.broadcast_to(size, offsets.shape)
-    shape = (declared, *layout.shape[1:])
-    return Layout(shape, layout.dtype, shape[1:], True, offsets, sizes, sizes)
+    return replace(layout, shape=(declared, *layout.shape[1:]), offsets=offsets, counts=sizes, sizes=sizes)
 
 
 def _check_slices(found: int, declared: int | None) -> None:
@@ -273,15 +302,16 @@ def _decode(file: TiffFile, layout: Layout, volume: np.ndarray) -> None:
         page.init_decode()
         lock = threading.Lock()
         rows, columns = layout.segment_shape
+        pixels = layout.pixels(volume)
 
         def decode_page(z: int) -> None:
             places = zip(layout.offsets[z].tolist(), layout.counts[z].tolist(), strict=True)
             for index, (offset, count) in enumerate(places):
                 with lock:
                     data = file.read(offset, count)
-                segment, (_, _, y, x, _), _ = page.decode(data, index, **tables)
-                target = volume[z, y : y + rows, x : x + columns]
-                target[:] = segment[0, : target.shape[0], : target.shape[1], 0]
+                segment, (sample, _, y, x, _), _ = page.decode(data, index, **tables)
+                target = pixels[z, y : y + rows, x : x + columns, sample : sample + segment.shape[-1]]
+                target[:] = segment[0, : target.shape[0], : target.shape[1]]
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(decode_page, range(layout.shape[0])):
