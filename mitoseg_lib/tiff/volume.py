@@ -70,12 +70,8 @@ def read_volume(path: FilePath) -> tuple[np.ndarray, VoxelSize | None]:
         with open(path, "rb", buffering=0) as stream:
             file = TiffFile(stream)
             pages = list(file.directories())
-            layout, description = _checked_layout(file, pages)
-            volume = np.empty(layout.shape, layout.dtype)
-            (_read_plain if layout.is_plain else _decode)(file, layout, volume)
-            if not volume.dtype.isnative:
-                volume = volume.byteswap(inplace=True).view(volume.dtype.newbyteorder("="))
-            return volume, _voxel_size(pages[0], description)
+            layout, description = checked_layout(file, pages)
+            return read_layout(file, layout), stated_voxel_size(pages[0], description)
 
 
 # --- directories to a layout --------------------------------------------------------------------------------
@@ -97,8 +93,11 @@ class Layout:
     sizes: np.ndarray
 
 
-def _checked_layout(file: TiffFile, pages: list[Directory]) -> tuple[Layout, Description]:
-    """Check all pages against each other, against what the file declares, and against its size."""
+def checked_layout(file: TiffFile, pages: list[Directory], *, one_slice: bool = False) -> tuple[Layout, Description]:
+    """Check all pages against each other, against what the file declares, and against its size.
+
+    A file of one page that doesn't call itself a stack is refused unless `one_slice` lets it pass.
+    """
     if not pages:
         raise damaged("it has no page")
     first = pages[0]
@@ -114,7 +113,7 @@ def _checked_layout(file: TiffFile, pages: list[Directory]) -> tuple[Layout, Des
     if description.plane not in (None, plane):
         raise damaged(f"its slices are {plane} and its own description says {description.plane}")
     layout = _with_following_slices(_layout(pages, plane, dtype), first, description.slices)
-    _check_slices(layout.shape[0], description.slices)
+    _check_slices(layout.shape[0], description.slices, one_slice)
     _check_segments(file, layout, LARGEST_RATIO.get(first.number(tags.COMPRESSION), LARGEST_RATIO_OF_OTHERS))
     _check_ranges(file, layout, pages, description)
     return layout, description
@@ -187,11 +186,11 @@ def _with_following_slices(layout: Layout, page: Directory, declared: int | None
     return Layout(shape, layout.dtype, shape[1:], True, offsets, sizes, sizes)
 
 
-def _check_slices(found: int, declared: int | None) -> None:
+def _check_slices(found: int, declared: int | None, one_slice: bool) -> None:
     """Check the number of pages."""
     if declared is not None and found != declared:
         raise damaged(f"it has {found} pages and its own description says {declared}")
-    if found == 1 and declared is None:
+    if found == 1 and declared is None and not one_slice:
         raise StackError("is one 2D image, but a stack of slices (z, y, x) was expected; give the whole stack")
 
 
@@ -224,7 +223,7 @@ def _check_ranges(file: TiffFile, layout: Layout, pages: list[Directory], descri
         raise damaged(f"it lists {len(pages)} pages, and {left_over:,} more bytes belong to none")
 
 
-def _voxel_size(page: Directory, description: Description) -> VoxelSize | None:
+def stated_voxel_size(page: Directory, description: Description) -> VoxelSize | None:
     """Voxel size in nm from the description and the resolution tags."""
     codes = (tags.Y_RESOLUTION, tags.X_RESOLUTION, tags.RESOLUTION_UNIT)
     values = [page.tags.get(code, ()) for code in codes]
@@ -235,6 +234,15 @@ def _voxel_size(page: Directory, description: Description) -> VoxelSize | None:
 
 
 # --- a layout to pixels -------------------------------------------------------------------------------------
+
+
+def read_layout(file: TiffFile, layout: Layout) -> np.ndarray:
+    """Pixels of a layout, or of some of its pages, in this machine's byte order."""
+    volume = np.empty(layout.shape, layout.dtype)
+    (_read_plain if layout.is_plain else _decode)(file, layout, volume)
+    if volume.dtype.isnative:
+        return volume
+    return volume.byteswap(inplace=True).view(volume.dtype.newbyteorder("="))
 
 
 def _read_plain(file: TiffFile, layout: Layout, volume: np.ndarray) -> None:
