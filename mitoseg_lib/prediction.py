@@ -256,8 +256,11 @@ def resample(values: NDArray, plane: tuple[int, int], *, mode: str = "bilinear")
         float32.
     """
 
+    for axis in (1, 2):  # torch 2.15 mistakes the layout of slices that are one pixel wide, and gives wrong numbers
+        values = np.repeat(values, 2, axis) if values.shape[axis] == 1 else values
+
     def resized(grey: NDArray) -> Tensor:
-        batch = torch.from_numpy(np.ascontiguousarray(grey, np.float32))[None, None]
+        batch = torch.from_numpy(grey.astype(np.float32, order="C"))[None, None]
         return F.interpolate(batch, size=plane, mode=mode, align_corners=False, antialias=True)[0, 0]
 
     return np.stack([resized(grey).numpy() for grey in values])  # one by one: it takes several copies of a slice

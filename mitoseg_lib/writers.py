@@ -115,7 +115,9 @@ def write_slabs(
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     write = _write_zarr if is_zarr_name(path) else _write_tiff
     with _removed_on_error(unfinished), _naming_disk_errors(path):
-        write(unfinished, _checked(slabs, shape), shape, voxel_size_nm, is_mask)
+        checked = _checked(slabs, shape)
+        write(unfinished, checked, shape, voxel_size_nm, is_mask)
+        next(checked, None)  # a TIFF's writer stops after the last slice and wouldn't notice one too many
         _flush(unfinished)
         if os.path.lexists(path):  # also what someone else has put there in the meantime
             _require_replaceable(path, overwrite)

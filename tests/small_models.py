@@ -9,7 +9,7 @@ SLOPE = 40
 
 
 def grey_unet(level=128):
-    """A real U-Net, set by hand, with the logits 40 x (grey - level / 255): foreground is what is at least so bright."""
+    """A real U-Net, set by hand, with the logits 40 x (grey - level / 255): foreground is what is brighter."""
     model = UNet(2, width=1, depth=1, normalisation="none")
     with torch.no_grad():
         for parameter in model.parameters():

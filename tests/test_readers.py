@@ -51,7 +51,7 @@ def assert_refused(path, *words):
     "options",
     [
         {},
-        {"imagej": True},
+        {"imagej": True, "metadata": {"axes": "ZYX"}},
         {"compression": "zlib"},
         {"compression": "lzw", "predictor": True},
         {"tile": (16, 16)},
@@ -72,7 +72,7 @@ def test_slabs_of_every_flavour_of_tiff(tmp_path, options, dtype):
 def test_slabs_of_one_page_that_all_slices_follow(tmp_path):
     """As ImageJ writes large volumes."""
     values = volume()
-    tifffile.imwrite(tmp_path / "a.tif", values, imagej=True, truncate=True)
+    tifffile.imwrite(tmp_path / "a.tif", values, imagej=True, truncate=True, metadata={"axes": "ZYX"})
     assert len(tifffile.TiffFile(tmp_path / "a.tif").pages) == 1
     assert_reads(open_reader(tmp_path / "a.tif"), values)
 
