@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from scipy import sparse
+from torch import nn
 from tqdm.auto import tqdm
 
 from mitoseg_lib.errors import FilePath, StackError, named_errors
@@ -107,12 +107,12 @@ class Segmenter:
         plane = image.shape[1:]
         inner = _model_plane(plane, voxel_size_nm, self.voxel_size_nm)
         if inner != plane:
-            grey = resample(image, inner, mode="bicubic")
+            grey = resample(image, inner, cubic=True)
             image = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
         window = WINDOW if math.prod(inner) > LARGEST_WHOLE else None
         predict = predict_with_flips if self.tta else predict_stack
         found = predict(self.model, image, window=window)
-        return found if inner == plane else np.clip(resample(found, plane, mode="bilinear"), 0, 1)
+        return found if inner == plane else np.clip(resample(found, plane), 0, 1)
 
 
 @dataclass(frozen=True)
@@ -238,32 +238,50 @@ def predict_with_flips(model: nn.Module, image: NDArray[np.uint8], *, window: in
     return total / np.float32(8)
 
 
-def resample(values: NDArray, plane: tuple[int, int], *, mode: str = "bilinear") -> NDArray[np.float32]:
+def resample(values: NDArray, plane: tuple[int, int], *, cubic: bool = False) -> NDArray[np.float32]:
     """Return slices on another grid of the same extent: edges stay edges, and what is in the middle stays there.
+
+    Linear or cubic interpolation, one axis after the other. Where the new grid is coarser, the kernel is as wide as its
+    pixels, so that what lies between them counts too (as in Pillow, and in torch's ``antialias=True``).
 
     Parameters
     ----------
     values
         (z, y, x).
     plane
-        New number of pixels, (y, x). Where it is smaller, values are averaged over what a new pixel covers.
-    mode
-        "bilinear" or "bicubic", which keeps edges sharper and can overshoot.
+        New number of pixels, (y, x).
+    cubic
+        Keeps edges sharper, and can overshoot.
 
     Returns
     -------
     ndarray
         float32.
     """
+    down, across = (_interpolation(n, new, cubic) for n, new in zip(values.shape[1:], plane, strict=True))
+    return np.stack([down @ (across @ grey.T.astype(np.float32)).T for grey in values])
 
-    for axis in (1, 2):  # torch 2.15 mistakes the layout of slices that are one pixel wide, and gives wrong numbers
-        values = np.repeat(values, 2, axis) if values.shape[axis] == 1 else values
 
-    def resized(grey: NDArray) -> Tensor:
-        batch = torch.from_numpy(grey.astype(np.float32, order="C"))[None, None]
-        return F.interpolate(batch, size=plane, mode=mode, align_corners=False, antialias=True)[0, 0]
+def _interpolation(n_in: int, n_out: int, cubic: bool) -> sparse.csr_array:
+    """Matrix, (n_out, n_in), whose rows are the weights with which old pixels count in a new one."""
+    scale = n_in / n_out
+    width = max(scale, 1.0)
+    centres = (np.arange(n_out)[:, None] + 0.5) * scale - 0.5  # of new pixels, in old ones
+    reach = math.ceil(2 * width)
+    columns = np.floor(centres).astype(int) + np.arange(-reach, reach + 2)
+    distance = np.abs(columns - centres) / width
+    weights = _keys_kernel(distance) if cubic else np.maximum(1 - distance, 0)
+    weights[(columns < 0) | (columns >= n_in)] = 0
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    rows = np.broadcast_to(np.arange(n_out)[:, None], columns.shape)
+    used = weights != 0
+    return sparse.csr_array((weights[used], (rows[used], columns[used])), shape=(n_out, n_in))
 
-    return np.stack([resized(grey).numpy() for grey in values])  # one by one: it takes several copies of a slice
+
+def _keys_kernel(x: NDArray) -> NDArray:
+    """Cubic convolution, Keys 1981, with a = -1/2, at distances from the centre."""
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
 def _model_plane(plane: tuple[int, ...], size: VoxelSize, model_size: VoxelSize) -> tuple[int, ...]:

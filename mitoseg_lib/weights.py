@@ -30,7 +30,7 @@ from mitoseg_lib.models import EncoderUNet, UNet, encoder_unet
 
 __all__ = ["WeightsError", "WeightsMetadata", "load_weights", "save_weights", "shipped_weights"]
 
-FORMAT = "mitoseg-weights-1"
+KEY, FORMAT = "mitoseg", 1  # of the header; one key, since safetensors writes several in any order
 SHIPPED = "efficientnet_lite0.safetensors"
 LARGEST_HALF = torch.finfo(torch.float16).max
 # Estimates of variances that lie outside what 16 bits can hold would make a layer infinite; they are few.
@@ -109,7 +109,7 @@ def save_weights(
     """
     metadata = _describe(model, threshold, encoder, voxel_size_nm, grey_range)
     _checked_model(metadata, model.state_dict(), "the model")
-    header = {"format": FORMAT, "metadata": json.dumps(asdict(metadata))}
+    header = {KEY: json.dumps({"format": FORMAT, **asdict(metadata)})}
     tensors = {name: _narrowed(name, tensor) for name, tensor in model.state_dict().items()}
     content = tensors_to_bytes(tensors, metadata=header)
     path = Path(path)
@@ -240,10 +240,10 @@ def _read_metadata(content: bytes, name: str) -> WeightsMetadata:
     """Metadata from a safetensors file's header; WeightsError if another program wrote it."""
     try:
         (length,) = struct.unpack_from("<Q", content)
-        header = json.loads(content[8 : 8 + length])["__metadata__"]
-        if header["format"] != FORMAT:
-            raise KeyError(header["format"])
-        return _with_numbers_checked(json.loads(header["metadata"]), name)
+        values = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+        if values.pop("format") != FORMAT:
+            raise KeyError("format")
+        return _with_numbers_checked(values, name)
     except (struct.error, KeyError, TypeError, ValueError) as error:
         if isinstance(error, WeightsError):
             raise

@@ -48,7 +48,7 @@ def test_a_unet_comes_back_with_nearly_the_same_probabilities(tmp_path, options)
     assert (metadata.encoder, metadata.threshold) == ("unet", 0.4)
     before, after = (predict_stack(one, image(), precision="fp32") for one in (model, found))
     assert before.std() > 0.05
-    assert np.abs(before - after).max() < 0.02 and np.abs(before - after).mean() < 0.001
+    assert np.abs(before - after).mean() < 0.002 and iou(before >= 0.5, after >= 0.5) > 0.99
 
 
 def test_an_encoder_comes_back_and_its_file_is_small(tmp_path, lite0):
@@ -60,8 +60,8 @@ def test_an_encoder_comes_back_and_its_file_is_small(tmp_path, lite0):
     assert (metadata.voxel_size_nm, metadata.grey_range) == ((5, 5, 5), (30, 220))
     assert metadata.library_version == mitoseg_lib.__version__
     before, after = (predict_stack(one, image(), precision="fp32") for one in (lite0, found))
-    assert before.std() > 0.01 and np.abs(before - after).max() < 0.01
-    assert iou(before >= 0.5, after >= 0.5) > 0.99
+    assert before.std() > 0.1
+    assert np.abs(before - after).mean() < 0.003 and iou(before >= 0.5, after >= 0.5) > 0.98
 
 
 def test_what_comes_back_is_the_half_precision_of_what_was_saved(tmp_path):
@@ -86,7 +86,7 @@ def test_the_header_can_be_read_by_anyone(tmp_path):
     path = saved(tmp_path, voxel_size_nm=(8, 4, 4))
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack_from("<Q", content)[0]])
-    metadata = json.loads(header["__metadata__"]["metadata"])
+    metadata = json.loads(header["__metadata__"]["mitoseg"])
     assert metadata["options"] == {"width": 8, "depth": 2, "normalisation": "batch", "residual": False}
     assert (metadata["voxel_size_nm"], metadata["threshold"], metadata["grey_range"]) == ([8, 4, 4], 0.4, None)
     dtypes = {tensor.dtype for name, tensor in load_file(path).items() if "running" not in name and "num" not in name}
@@ -138,7 +138,7 @@ def record(path):
     path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "mitoseg-weights-1"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"mitoseg": "{}"}, {"mitoseg": '{"format": 2}'}])
 def test_another_programs_safetensors_are_refused(tmp_path, metadata):
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.zeros(3)}, path, metadata=metadata)
@@ -162,8 +162,8 @@ def test_weights_of_another_network_are_refused(tmp_path, change):
     content = path.read_bytes()
     (length,) = struct.unpack_from("<Q", content)
     header = json.loads(content[8 : 8 + length])
-    metadata = json.loads(header["__metadata__"]["metadata"]) | change
-    header["__metadata__"]["metadata"] = json.dumps(metadata)
+    metadata = json.loads(header["__metadata__"]["mitoseg"]) | change
+    header["__metadata__"]["mitoseg"] = json.dumps(metadata)
     changed = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + length :])
     record(path)
