@@ -1,5 +1,6 @@
 """The command ``mitoseg``."""
 
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -144,6 +145,8 @@ def predict(
     size = _voxel_size(voxel_size)
     from mitoseg_lib.prediction import Segmenter, plan_prediction
 
+    # A time limit's signal would end the process at once; as an exception, it lets what was written be removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         segmenter = Segmenter.load(weights, device=device.value, threshold=threshold, tta=tta)
         plan = plan_prediction(source, output, segmenter, voxel_size_nm=size, overwrite=overwrite)

@@ -139,6 +139,13 @@ def stack(tmp_path):
     return values
 
 
+@pytest.fixture(autouse=True)
+def same_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def predict(folder, source, target, *options):
     return CliRunner().invoke(app, ["predict", str(folder / source), str(folder / target), *map(str, options)])
 
@@ -189,7 +196,7 @@ def test_predict_replaces_nothing_unasked(tmp_path, stack, weights):
     [
         ("b.tif", "m.tif", "doesn't exist"),
         ("empty", "m.tif", "is empty"),
-        ("a.tif", "m.png", "suffix"),
+        ("a.tif", "m.png", ".tiff or .zarr was expected"),
         ("a.tif", "nowhere/m.tif", "isn't a folder"),
         ("a.tif", "a.tif", "input"),
         ("text.tif", "m.tif", "isn't a TIFF"),
@@ -241,14 +248,15 @@ def test_predict_with_options_that_cannot_be_meant_is_a_usage_error(tmp_path, st
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_predict_stopped_by_ctrl_c_leaves_nothing(tmp_path, weights):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_predict_stopped_by_ctrl_c_or_a_time_limit_leaves_nothing(tmp_path, weights, number):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((3000, 300, 300), np.uint8))
     command = [Path(sys.executable).with_name("mitoseg"), "predict", "a.tif", "m.tif", "--weights", weights]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     waited = time.monotonic()
     while not list(tmp_path.glob(".m.tif*")) and time.monotonic() - waited < 120:  # until it has begun to write
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
     assert stderr.endswith("mitoseg: stopped, and nothing was written to m.tif\n") and "Traceback" not in stderr
