@@ -129,7 +129,7 @@ class CheckpointFolder:
         """Remove the hash last: what is left then looks damaged, never whole."""
         path = self._path(kind, place)
         path.unlink(missing_ok=True)
-        _hash_path(path).unlink(missing_ok=True)
+        hash_path(path).unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -157,8 +157,8 @@ def write_state(path: Path, state: State) -> None:
     structure = _pack(state, "", tensors)
     content = tensors_to_bytes(tensors, metadata={"state": json.dumps(structure)})
     digest = hashlib.sha256(content).hexdigest()
-    _write_whole(_hash_path(path), f"{digest}  {path.name}\n".encode())
-    _write_whole(path, content)
+    write_whole(hash_path(path), f"{digest}  {path.name}\n".encode())
+    write_whole(path, content)
 
 
 def read_state(path: Path) -> State:
@@ -170,7 +170,7 @@ def read_state(path: Path) -> State:
         If the file or its hash is missing, or they don't match.
     """
     try:
-        expected = _hash_path(path).read_text().split()[0]
+        expected = hash_path(path).read_text().split()[0]
         content = path.read_bytes()
     except (OSError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path.name} or its .sha256 can't be read ({type(error).__name__}).") from None
@@ -186,11 +186,12 @@ def read_state(path: Path) -> State:
         ) from None
 
 
-def _hash_path(path: Path) -> Path:
+def hash_path(path: Path) -> Path:
+    """Return the file beside a file that holds its sha256."""
     return path.with_name(path.name + ".sha256")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is whole or not there, even if the power fails."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with open(unfinished, "wb") as stream:

@@ -1,6 +1,7 @@
 """The command ``mitoseg``."""
 
 import math
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,14 @@ class Data(StrEnum):
 
     EPFL = "epfl"
     PHANTOM = "phantom"
+
+
+class Device(StrEnum):
+    """Where a model can run."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 @app.callback()
@@ -92,6 +101,56 @@ def run(
     measured = {"train": made.train, "validation": made.validation, "test": made.test}
     ious = ", ".join(f"{part} {found['iou']:.3f}" for part, found in measured.items() if found)
     typer.echo(f"{name}, seed {seed}: IoU {ious}, at threshold {made.threshold:g}")
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="TIFF stack, folder of slices, or (OME-)Zarr.")],
+    output: Annotated[Path, typer.Argument(help="Its suffix is the format: .tif or .zarr.")],
+    weights: Annotated[Path | None, typer.Option(help="Of another model than the shipped one.")] = None,
+    voxel_size: Annotated[
+        str | None, typer.Option(metavar="Z,Y,X", help="Of INPUT, in nm; by default what INPUT states, else 5,5,5.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Probability from which a voxel is a mitochondrion.")
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write probabilities, 0 to 254 for 0 to 1, and no mask.")
+    ] = False,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average over 8 orientations: better, and 8 times slower.")
+    ] = False,
+    device: Annotated[Device, typer.Option(help="A GPU if there is one, or what is asked for.")] = Device.AUTO,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
+) -> None:
+    """Find the mitochondria in a stack, slice by slice, and write a mask of the same size.
+
+    INPUT holds grey levels of uint8, uint16 or float, of any size. A TIFF mask is 0 and 255, an OME-Zarr mask 0 and 1.
+
+    Examples: mitoseg predict stack.tif mask.tif
+    mitoseg predict slices/ mask.zarr --voxel-size 8,4,4
+    mitoseg predict stack.zarr probabilities.tif --probabilities --tta
+    """
+    if probabilities and threshold is not None:
+        raise typer.BadParameter("--threshold makes a mask and --probabilities doesn't; choose one of them.")
+    size = None if voxel_size is None else _voxel_size(voxel_size)
+    from mitoseg_lib.prediction import Segmenter, plan_prediction
+
+    # A time limit's signal would end the process at once; as an exception, it lets what was written be removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        segmenter = Segmenter.load(weights, device=device.value, threshold=threshold, tta=tta)
+        plan = plan_prediction(source, output, segmenter, voxel_size_nm=size, overwrite=overwrite)
+        for note in plan.notes:
+            typer.echo(f"mitoseg: {note}", err=True)
+        plan.run(probabilities=probabilities, progress=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"mitoseg: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(f"mitoseg: stopped, and nothing was written to {output}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{'probabilities' if probabilities else 'mask'} written to {output}")
 
 
 @app.command()

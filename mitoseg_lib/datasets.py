@@ -48,7 +48,7 @@ def load_example(part: str) -> Stack:
         If `part` is another word, or the library's data files are missing or damaged.
     """
     _require_choice(part, ("train", "test"))
-    folder = _bundled_folder()
+    folder = bundled_folder()
     if not (folder / f"phantom_{part}.tif").is_file():
         raise StackError(f"phantom_{part}.tif isn't there, but comes with the library; install mitoseg-lib again.")
     stack = load_stack(folder / f"phantom_{part}.tif", folder / f"phantom_{part}_labels.tif")
@@ -151,7 +151,7 @@ def describe_epfl() -> dict[str, object]:
 
 def describe_example() -> dict[str, object]:
     """Return the name and the files' sha256 of the bundled stacks, as `describe_epfl` does."""
-    files = sorted(_bundled_folder().glob("phantom_*.tif"))
+    files = sorted(bundled_folder().glob("phantom_*.tif"))
     return {"name": "phantom", "sha256": {path.name: file_sha256(path) for path in files}}
 
 
@@ -160,7 +160,7 @@ def _require_choice(part: str, choices: tuple[str, str]) -> None:
         raise StackError(f"{part!r} was asked for, but there are only {choices[0]!r} and {choices[1]!r}; choose one.")
 
 
-def _bundled_folder() -> Path:
+def bundled_folder() -> Path:
     """Folder of the bundled stacks: inside an installed wheel, beside the library in a checkout."""
     library = Path(__file__).parent
     installed = library / "_data"

@@ -18,7 +18,9 @@ MODULE_ORDER = [
     "tiff.metadata",
     "tiff.directories",
     "tiff.volume",
+    "tiff.slabs",
     "tiff",
+    "readers",
     "masks",
     "stacks",
     "datasets",
@@ -35,6 +37,10 @@ MODULE_ORDER = [
     "models",
     "inference",
     "checkpoints",
+    "weights",
+    "grey",
+    "writers",
+    "prediction",
     "interruptions",
     "training.settings",
     "training.history",
@@ -210,8 +216,13 @@ def test_modules_import_only_from_above(path):
 
 def public_functions(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not is_command(node):
             yield node
+
+
+def is_command(node):
+    """Whether a function is a command of the command line, whose arguments are the options that users give by name."""
+    return any(ast.unparse(decorator).startswith("app.command(") for decorator in node.decorator_list)
 
 
 @per_module

@@ -74,13 +74,8 @@ def read_volume(path: FilePath, *, colour: bool = False) -> tuple[np.ndarray, Vo
         with open(path, "rb", buffering=0) as stream:
             file = TiffFile(stream)
             pages = list(file.directories())
-            layout, description = _checked_layout(file, pages, colour)
-            volume = np.empty(layout.shape, layout.dtype)
-            (_read_plain if layout.is_plain else _decode)(file, layout, volume)
-            if not volume.dtype.isnative:
-                volume = volume.byteswap(inplace=True).view(volume.dtype.newbyteorder("="))
-            pixels = volume if volume.ndim == 3 else layout.pixels(volume)
-            return pixels, _voxel_size(pages[0], description)
+            layout, description = checked_layout(file, pages, colour=colour)
+            return read_layout(file, layout), stated_voxel_size(pages[0], description)
 
 
 # --- directories to a layout --------------------------------------------------------------------------------
@@ -108,8 +103,14 @@ class Layout:
         return np.moveaxis(volume, 1, 3) if self.is_planar else volume.reshape(*volume.shape[:3], -1)
 
 
-def _checked_layout(file: TiffFile, pages: list[Directory], colour: bool) -> tuple[Layout, Description]:
-    """Check all pages against each other, against what the file declares, and against its size."""
+def checked_layout(
+    file: TiffFile, pages: list[Directory], *, colour: bool = False, one_slice: bool = False
+) -> tuple[Layout, Description]:
+    """Check all pages against each other, against what the file declares, and against its size.
+
+    Colours are refused unless `colour` accepts them, and a file of one page that doesn't call itself a stack unless
+    `one_slice` lets it pass.
+    """
     if not pages:
         raise damaged("it has no page")
     first = pages[0]
@@ -126,7 +127,7 @@ def _checked_layout(file: TiffFile, pages: list[Directory], colour: bool) -> tup
     if description.plane not in (None, plane):
         raise damaged(f"its slices are {plane} and its own description says {description.plane}")
     layout = _with_following_slices(_layout(pages, plane, dtype, samples), first, description.slices)
-    _check_slices(layout.shape[0], description.slices)
+    _check_slices(layout.shape[0], description.slices, one_slice)
     _check_segments(file, layout, LARGEST_RATIO.get(first.number(tags.COMPRESSION), LARGEST_RATIO_OF_OTHERS))
     _check_ranges(file, layout, pages, description)
     return layout, description
@@ -216,11 +217,11 @@ def _with_following_slices(layout: Layout, page: Directory, declared: int | None
     return replace(layout, shape=(declared, *layout.shape[1:]), offsets=offsets, counts=sizes, sizes=sizes)
 
 
-def _check_slices(found: int, declared: int | None) -> None:
+def _check_slices(found: int, declared: int | None, one_slice: bool) -> None:
     """Check the number of pages."""
     if declared is not None and found != declared:
         raise damaged(f"it has {found} pages and its own description says {declared}")
-    if found == 1 and declared is None:
+    if found == 1 and declared is None and not one_slice:
         raise StackError("is one 2D image, but a stack of slices (z, y, x) was expected; give the whole stack")
 
 
@@ -253,7 +254,7 @@ def _check_ranges(file: TiffFile, layout: Layout, pages: list[Directory], descri
         raise damaged(f"it lists {len(pages)} pages, and {left_over:,} more bytes belong to none")
 
 
-def _voxel_size(page: Directory, description: Description) -> VoxelSize | None:
+def stated_voxel_size(page: Directory, description: Description) -> VoxelSize | None:
     """Voxel size in nm from the description and the resolution tags."""
     codes = (tags.Y_RESOLUTION, tags.X_RESOLUTION, tags.RESOLUTION_UNIT)
     values = [page.tags.get(code, ()) for code in codes]
@@ -264,6 +265,15 @@ def _voxel_size(page: Directory, description: Description) -> VoxelSize | None:
 
 
 # --- a layout to pixels -------------------------------------------------------------------------------------
+
+
+def read_layout(file: TiffFile, layout: Layout) -> np.ndarray:
+    """Pixels of a layout, or of some of its pages, (z, y, x) or (z, y, x, sample), in this machine's byte order."""
+    volume = np.empty(layout.shape, layout.dtype)
+    (_read_plain if layout.is_plain else _decode)(file, layout, volume)
+    if not volume.dtype.isnative:
+        volume = volume.byteswap(inplace=True).view(volume.dtype.newbyteorder("="))
+    return volume if volume.ndim == 3 else layout.pixels(volume)
 
 
 def _read_plain(file: TiffFile, layout: Layout, volume: np.ndarray) -> None:

@@ -1,0 +1,335 @@
+"""From a stack in a file to a mask in a file: what ``mitoseg predict`` does.
+
+Slices pass through some at a time: read, brought to the model's grey levels and voxel size, predicted, brought back
+to the stack's own grid, and written. So memory doesn't grow with the number of slices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import nn
+from tqdm.auto import tqdm
+
+from mitoseg_lib.errors import FilePath, StackError, named_errors
+from mitoseg_lib.grey import GreyRange, GreyTransform, choose_grey_transform
+from mitoseg_lib.inference import predict_stack
+from mitoseg_lib.readers import SliceReader, open_reader
+from mitoseg_lib.tiff.metadata import VoxelSize
+from mitoseg_lib.weights import load_weights
+from mitoseg_lib.writers import check_target, encode_probabilities, write_slabs
+
+__all__ = ["PredictionPlan", "Segmenter", "plan_prediction", "predict_with_flips", "resample"]
+
+ASSUMED_NM = (5.0, 5.0, 5.0)
+SLAB = 8  # slices at a time, as many as a chunk of the written Zarr has
+LARGEST_SLAB = 2**28  # bytes of input, unless a single slice is larger
+SAME_SIZE = 0.01  # voxel sizes that differ by less count as equal
+LARGEST_FACTOR = 16.0  # between two voxel sizes; beyond, one of them is a mistake
+LARGEST_WHOLE = 2**22  # pixels of a slice that the model is given whole; larger ones are cut into windows
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A trained model with what it needs to be used on other stacks.
+
+    Attributes
+    ----------
+    model
+        For slices; see `mitoseg_lib.inference.predict_stack`.
+    voxel_size_nm
+        That it was trained with, (z, y, x).
+    threshold
+        Probability from which a voxel is foreground.
+    grey_range
+        See `mitoseg_lib.grey.choose_grey_transform`.
+    tta
+        Test-time augmentation: predict each slice in 8 orientations and average; 8 times as slow.
+    """
+
+    model: nn.Module
+    voxel_size_nm: VoxelSize = ASSUMED_NM
+    threshold: float = 0.5
+    grey_range: GreyRange | None = None
+    tta: bool = False
+
+    @classmethod
+    def load(
+        cls, weights: FilePath | None = None, *, device: str = "auto", threshold: float | None = None, tta: bool = False
+    ) -> Segmenter:
+        """Read weights (None: those that come with the library; see `mitoseg_lib.weights.load_weights`).
+
+        Parameters
+        ----------
+        weights
+            Path of a file, or None.
+        device
+            "cpu", "cuda", or "auto": a GPU where there is one.
+        threshold
+            Instead of the one in the file.
+        tta
+            See the attribute.
+
+        Raises
+        ------
+        WeightsError
+            See `mitoseg_lib.weights.load_weights`.
+        ValueError
+            If the device or the threshold can't be had.
+        """
+        chosen = _device(device)
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"The threshold is {threshold}, but a probability from 0 to 1 was expected; correct it.")
+        model, metadata = load_weights(weights)
+        threshold = metadata.threshold if threshold is None else threshold
+        return cls(model.to(chosen), metadata.voxel_size_nm, threshold, metadata.grey_range, tta)
+
+    def probabilities(self, image: NDArray[np.uint8], voxel_size_nm: VoxelSize) -> NDArray[np.float32]:
+        """Return the probabilities of some slices on their own grid.
+
+        Parameters
+        ----------
+        image
+            uint8 (z, y, x), with grey levels as the model saw them.
+        voxel_size_nm
+            Of the slices, (z, y, x). Another size in the plane than the model's is resampled, and the probabilities
+            are resampled back; z stays as it is, since the model sees one slice at a time.
+        """
+        plane = image.shape[1:]
+        inner = _model_plane(plane, voxel_size_nm, self.voxel_size_nm)
+        if inner != plane:
+            grey = resample(image, inner, cubic=True)
+            image = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+        window = WINDOW if math.prod(inner) > LARGEST_WHOLE else None
+        predict = predict_with_flips if self.tta else predict_stack
+        found = predict(self.model, image, window=window)
+        return found if inner == plane else np.clip(resample(found, plane), 0, 1)
+
+
+@dataclass(frozen=True)
+class PredictionPlan:
+    """What `plan_prediction` decided; nothing was predicted or written yet.
+
+    Attributes
+    ----------
+    reader, target, segmenter
+        What is predicted, where it will be written, and by which model.
+    voxel_size_nm
+        Of the input, (z, y, x).
+    grey
+        Transform of its grey levels.
+    notes
+        What the user should know of it, one sentence each.
+    overwrite
+        Whether `target` may be replaced.
+    """
+
+    reader: SliceReader
+    target: Path
+    segmenter: Segmenter
+    voxel_size_nm: VoxelSize
+    grey: GreyTransform
+    notes: tuple[str, ...]
+    overwrite: bool = False
+
+    def run(self, *, probabilities: bool = False, progress: bool = False) -> None:
+        """Predict, and write a mask or, if asked for, probabilities; whole or not at all.
+
+        Raises
+        ------
+        StackError
+            If the input is damaged inside, or the output can't be written.
+        """
+        shape = self.reader.shape
+        with tqdm(total=shape[0], unit="slice", disable=not progress) as bar:
+            found = self._slabs(bar)
+            threshold = np.float32(self.segmenter.threshold)
+            slabs = (encode_probabilities(slab) if probabilities else slab >= threshold for slab in found)
+            write_slabs(
+                self.target,
+                slabs,
+                shape,
+                voxel_size_nm=self.voxel_size_nm,
+                is_mask=not probabilities,
+                overwrite=self.overwrite,
+            )
+
+    def _slabs(self, bar: tqdm) -> Iterator[NDArray[np.float32]]:
+        """Probabilities of the whole stack, slab by slab."""
+        depth = self.reader.shape[0]
+        step = _slab_depth(self.reader)
+        for start in range(0, depth, step):
+            values = self.reader.read(start, min(start + step, depth))
+            with named_errors(self.reader.name):
+                image = self.grey.apply(values)
+            for first in range(0, len(image), min(SLAB, step)):
+                part = image[first : first + SLAB]
+                yield self.segmenter.probabilities(part, self.voxel_size_nm)
+                bar.update(len(part))
+
+
+def plan_prediction(
+    source: FilePath,
+    target: FilePath,
+    segmenter: Segmenter,
+    *,
+    voxel_size_nm: VoxelSize | None = None,
+    overwrite: bool = False,
+) -> PredictionPlan:
+    """Open a stack, decide how it is brought to what the model saw, and check that the output can be written.
+
+    Parameters
+    ----------
+    source
+        See `mitoseg_lib.readers.open_reader`.
+    target
+        A path that ends in .tif, .tiff or .zarr; see `mitoseg_lib.writers.check_target`.
+    segmenter
+        The model.
+    voxel_size_nm
+        Of the input, (z, y, x); it counts more than what the input itself says. Where neither says it, 5 nm is assumed.
+    overwrite
+        Replace what is at `target`.
+
+    Returns
+    -------
+    PredictionPlan
+        Whose `run` does it, and whose `notes` say what was decided.
+
+    Raises
+    ------
+    StackError
+        If the input isn't a grey volume or is damaged, the voxel size can't be meant, or something is in the way.
+    """
+    reader = open_reader(source)
+    target = check_target(target, reader.shape, overwrite=overwrite, source=source)
+    size, note = _voxel_size(reader, voxel_size_nm)
+    inner = _model_plane(reader.shape[1:], size, segmenter.voxel_size_nm)
+    grey = choose_grey_transform(reader, segmenter.grey_range)
+    notes = [f"{reader.name} is {reader.description}: {_times(reader.shape)} voxels, {reader.dtype}", note, str(grey)]
+    if inner != reader.shape[1:]:
+        notes.append(
+            f"slices are resampled to {_times(inner)} pixels of {_times(segmenter.voxel_size_nm[1:])} nm for the model,"
+            " and the result is brought back"
+        )
+    return PredictionPlan(reader, target, segmenter, size, grey, tuple(notes), overwrite)
+
+
+def predict_with_flips(model: nn.Module, image: NDArray[np.uint8], *, window: int | None = None) -> NDArray[np.float32]:
+    """Return the mean of the probabilities of each slice's 8 orientations: quarter turns, mirrored or not.
+
+    Parameters and result as in `mitoseg_lib.inference.predict_stack`.
+    """
+    total = np.zeros(image.shape, np.float32)
+    for turns in range(4):
+        for is_mirrored in (False, True):
+            turned = np.rot90(image[:, :, ::-1] if is_mirrored else image, turns, axes=(1, 2))
+            found = np.rot90(predict_stack(model, np.ascontiguousarray(turned), window=window), -turns, axes=(1, 2))
+            total += found[:, :, ::-1] if is_mirrored else found
+    return total / np.float32(8)
+
+
+def resample(values: NDArray, plane: tuple[int, int], *, cubic: bool = False) -> NDArray[np.float32]:
+    """Return slices on another grid of the same extent: edges stay edges, and what is in the middle stays there.
+
+    Linear or cubic interpolation, one axis after the other. Where the new grid is coarser, the kernel is as wide as its
+    pixels, so that what lies between them counts too (as in Pillow, and in torch's ``antialias=True``).
+
+    Parameters
+    ----------
+    values
+        (z, y, x).
+    plane
+        New number of pixels, (y, x).
+    cubic
+        Keeps edges sharper, and can overshoot.
+
+    Returns
+    -------
+    ndarray
+        float32.
+    """
+    down, across = (_interpolation(n, new, cubic) for n, new in zip(values.shape[1:], plane, strict=True))
+    return np.stack([down @ (across @ grey.T.astype(np.float32)).T for grey in values])
+
+
+def _interpolation(n_in: int, n_out: int, cubic: bool) -> sparse.csr_array:
+    """Matrix, (n_out, n_in), whose rows are the weights with which old pixels count in a new one."""
+    scale = n_in / n_out
+    width = max(scale, 1.0)
+    centres = (np.arange(n_out)[:, None] + 0.5) * scale - 0.5  # of new pixels, in old ones
+    reach = math.ceil(2 * width)
+    columns = np.floor(centres).astype(int) + np.arange(-reach, reach + 2)
+    distance = np.abs(columns - centres) / width
+    weights = _keys_kernel(distance) if cubic else np.maximum(1 - distance, 0)
+    weights[(columns < 0) | (columns >= n_in)] = 0
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    rows = np.broadcast_to(np.arange(n_out)[:, None], columns.shape)
+    used = weights != 0
+    return sparse.csr_array((weights[used], (rows[used], columns[used])), shape=(n_out, n_in))
+
+
+def _keys_kernel(x: NDArray) -> NDArray:
+    """Cubic convolution, Keys 1981, with a = -1/2, at distances from the centre."""
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def _model_plane(plane: tuple[int, ...], size: VoxelSize, model_size: VoxelSize) -> tuple[int, ...]:
+    """Number of pixels, (y, x), with which slices have the model's voxel size; StackError for absurd sizes."""
+    factors = [own / wanted for own, wanted in zip(size[1:], model_size[1:], strict=True)]
+    if not all(1 / LARGEST_FACTOR <= factor <= LARGEST_FACTOR for factor in factors):
+        raise StackError(
+            f"The voxel size is {_times(size)} nm (z, y, x), but the model was made for {_times(model_size)} nm and at"
+            f" most {LARGEST_FACTOR:g} times as large or small was expected; give the right one with --voxel-size."
+        )
+    if all(abs(factor - 1) <= SAME_SIZE for factor in factors):
+        return tuple(plane)
+    return tuple(max(1, round(side * factor)) for side, factor in zip(plane, factors, strict=True))
+
+
+def _voxel_size(reader: SliceReader, given: VoxelSize | None) -> tuple[VoxelSize, str]:
+    """Voxel size of a stack in nm, (z, y, x), and a sentence that says where it is from."""
+    stated = reader.voxel_size_nm
+    if given is None:
+        if stated is not None:
+            return stated, f"voxels of {_times(stated)} nm (z, y, x), as its metadata say"
+        return ASSUMED_NM, f"its voxel size isn't stated, so {_times(ASSUMED_NM)} nm is assumed (--voxel-size gives it)"
+    if len(given) != 3 or not all(math.isfinite(edge) and edge > 0 for edge in given):
+        raise StackError(f"The voxel size is {given}, but three lengths in nm above 0 were expected; give z,y,x.")
+    note = f"voxels of {_times(given)} nm (z, y, x), as given"
+    if stated is not None and not np.allclose(stated, given, rtol=SAME_SIZE):
+        note += f", although its metadata say {_times(stated)} nm"
+    return tuple(given), note
+
+
+def _slab_depth(reader: SliceReader) -> int:
+    """Slices to read at a time: whole chunks of the input, and of the output, if they are small enough."""
+    fitting = LARGEST_SLAB // (math.prod(reader.shape[1:]) * 4)  # as float32, of which there are some copies
+    wanted = math.ceil(reader.chunk_depth / SLAB) * SLAB
+    return min(wanted, fitting // SLAB * SLAB) or max(1, fitting)
+
+
+def _device(name: str) -> torch.device:
+    """Return the device that a word stands for; ValueError if it isn't there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"The device is {name!r}, but 'auto', 'cpu' or 'cuda' was expected; choose one of them.")
+    has_gpu = False
+    with suppress(RuntimeError):  # a driver that doesn't work is no GPU
+        has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("The device 'cuda' was asked for, but there is no GPU that works; use --device cpu.")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def _times(numbers: tuple[float, ...]) -> str:
+    return " x ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
