@@ -97,6 +97,21 @@ def predict_stack(
         return _predict_windows(predict, image, sides, batch_size, device=device, progress=progress)
 
 
+def predict_turned(model: nn.Module, image: NDArray[np.uint8], *, precision: str = "auto") -> NDArray[np.float32]:
+    """Return the mean of a model's answers to the eight ways to lay down a slice ("test-time augmentation").
+
+    The slices are flipped and turned by quarter turns, predicted, and the answers are turned back. Eight times the
+    time of `predict_stack`, whose parameters and errors hold here, too.
+    """
+    total = np.zeros(image.shape, np.float32)
+    for quarters in range(4):
+        for flip in (slice(None), slice(None, None, -1)):
+            turned = np.ascontiguousarray(np.rot90(image, quarters, axes=(1, 2))[:, flip])
+            answer = predict_stack(model, turned, precision=precision)
+            total += np.rot90(answer[:, flip], -quarters, axes=(1, 2))
+    return total / 8
+
+
 def choose_threshold(
     probabilities: NDArray[np.float32],
     truth: NDArray[np.bool_],
@@ -127,16 +142,31 @@ def choose_threshold(
     ValueError
         When shapes or dtypes differ from these, a number lies outside [0, 1] (or is NaN), or there is no candidate.
     """
+    found = threshold_scores(probabilities, truth, candidates=candidates)
+    return -max((pooled.iou, -round(abs(t - 0.5), 6), -t) for t, pooled in found.items())[2]
+
+
+def threshold_scores(
+    probabilities: NDArray[np.float32],
+    truth: NDArray[np.bool_],
+    *,
+    candidates: Sequence[float] = THRESHOLDS,
+) -> dict[float, Scores]:
+    """Return the scores of the mask at each threshold, ascending; parameters and errors as in `choose_threshold`.
+
+    Those of several parts can be added up, and the best threshold of all of them be chosen then.
+    """
     _check_probabilities(probabilities, truth)
-    thresholds = sorted(float(candidate) for candidate in candidates)
+    thresholds = sorted({float(candidate) for candidate in candidates})
     if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
         raise ValueError(f"The candidates are {thresholds}, but numbers in [0, 1] were expected; give one or more.")
     counts = _counts_between(thresholds, probabilities, truth)
     # The voxels at or above a threshold are those of all intervals above it.
     background, foreground = np.cumsum(counts[::-1], axis=0)[::-1].T.tolist()
-    ious = [Scores(tp, fp, foreground[0] - tp, 0).iou for tp, fp in zip(foreground[1:], background[1:], strict=True)]
-    ranked = ((value, -round(abs(t - 0.5), 6), -t) for value, t in zip(ious, thresholds, strict=True))
-    return -max(ranked)[2]
+    return {
+        t: Scores(tp, fp, foreground[0] - tp, background[0] - fp)
+        for t, tp, fp in zip(thresholds, foreground[1:], background[1:], strict=True)
+    }
 
 
 def median_filter_z(values: NDArray, size: int) -> NDArray:
@@ -166,6 +196,8 @@ def median_filter_z(values: NDArray, size: int) -> NDArray:
         raise ValueError(f"The values have shape {values.shape}, but (z, y, x) was expected; pass the whole stack.")
     if size < 1 or size % 2 == 0:
         raise ValueError(f"size is {size}, but a median needs an odd number of slices; use for example 3.")
+    if size == 1:
+        return values.copy()
     numbers = values.astype(np.uint8) if values.dtype == np.bool_ else values
     return ndimage.median_filter(numbers, size=(size, 1, 1), mode="reflect").astype(values.dtype, copy=False)
 

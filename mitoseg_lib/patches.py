@@ -213,11 +213,12 @@ def train_augmentation(
     noise: float = 0.0,
     brightness_contrast: float = 0.0,
     scale: float = 0.0,
+    blur: float = 0.0,
 ) -> TrainAugmentation:
     """Make the augmentation of training patches; each part can be switched off with False or 0.
 
     Flips and quarter turns move pixels without computing new ones, so they leave no artefacts. The order is:
-    flips, quarter turns, scale, brightness and contrast, noise, so that noise is not smoothed by the scaling.
+    flips, quarter turns, scale, blur, brightness and contrast, noise, so that nothing smooths the noise.
 
     Parameters
     ----------
@@ -234,6 +235,8 @@ def train_augmentation(
         Zoom around the centre by a factor from 1 / (1 + scale) to 1 + scale; the size stays. What a zoom out
         uncovers is filled by reflection. Grey levels are interpolated linearly, the mask takes the nearest
         pixel.
+    blur : float
+        Blur one patch in two with a Gaussian, of an sd drawn from 0 to `blur` pixels.
 
     Returns
     -------
@@ -248,6 +251,7 @@ def train_augmentation(
     _check_range("noise", noise, 255)
     _check_range("brightness_contrast", brightness_contrast, 1)
     _check_range("scale", scale, 10)
+    _check_range("blur", blur, 10)
     a = _albumentations()
     transforms: list[Any] = []
     if flips:
@@ -256,6 +260,8 @@ def train_augmentation(
         transforms.append(a.RandomRotate90(p=1))
     if scale:
         transforms.append(_affine(scale=(1 / (1 + scale), 1 + scale)))
+    if blur:
+        transforms.append(a.GaussianBlur(blur_limit=0, sigma_limit=(0, blur), p=0.5))
     if brightness_contrast:
         transforms.append(a.RandomBrightnessContrast(brightness_contrast, brightness_contrast, p=1))
     if noise:

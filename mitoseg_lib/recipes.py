@@ -22,7 +22,7 @@ from mitoseg_lib import mistakes
 from mitoseg_lib.losses import DiceBCELoss, DiceLoss
 from mitoseg_lib.models import UNet, encoder_unet
 from mitoseg_lib.patches import PatchDataset, train_augmentation, turn_block
-from mitoseg_lib.splits import Split, block_split, random_split
+from mitoseg_lib.splits import Split, block_split, cross_validation_folds, random_split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import TrainingSettings
 
@@ -42,6 +42,9 @@ AUGMENTATIONS: dict[str, Callable[[], Any]] = {
     "flips, quarter turns": train_augmentation,
     "flips, noise": lambda: train_augmentation(quarter_turns=False, noise=15),  # the report's
     "turns of blocks": lambda: turn_block,
+    "flips, quarter turns, contrast, scale, blur": lambda: train_augmentation(
+        brightness_contrast=0.2, scale=0.25, blur=1.0
+    ),
 }
 MISTAKES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "input 0 to 255": lambda model: mistakes.ScaledInput(model, training=255, evaluation=255),
@@ -50,7 +53,26 @@ MISTAKES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "no eval()": mistakes.AlwaysTraining,
     "slow BatchNorm statistics": mistakes.slow_statistics,
 }
-SPLITS: dict[str, Callable[[int], Split]] = {"block": block_split, "random": random_split}
+N_FOLDS = 4
+ARTEFACT = range(155, 158)  # slices of EPFL's training stack that are damaged (chapter 1)
+
+
+def _fold(number: int) -> Callable[[int], Split]:
+    """Return what makes the split of one fold, counted from 1; the bundled stacks end before EPFL's artefact."""
+    return lambda n_slices: cross_validation_folds(n_slices, N_FOLDS, left_out=ARTEFACT)[number - 1]
+
+
+def _all_slices(n_slices: int) -> Split:
+    """Train on all slices but the damaged ones (or the last, where none is), which are only watched.
+
+    They have near copies among the others: how they are found says nothing about new tissue.
+    """
+    watched = tuple(z for z in ARTEFACT if z < n_slices) or (n_slices - 1,)
+    return Split(tuple(z for z in range(n_slices) if z not in watched), watched)
+
+
+FOLDS: dict[str, Callable[[int], Split]] = {f"fold {k} of {N_FOLDS}": _fold(k) for k in range(1, N_FOLDS + 1)}
+SPLITS: dict[str, Callable[[int], Split]] = {"block": block_split, "random": random_split, "all": _all_slices} | FOLDS
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,7 @@ class Recipe:
         Epochs, steps in each, patches in each step.
     patch_size : int or tuple of int
         As in `PatchDataset`.
-    learning_rate, schedule, precision : float, str, str
+    learning_rate, schedule, precision, encoder_rate, averaging : float, str, str, float, float
         As in `TrainingSettings`.
     loss, augmentation, split : str
         Of `LOSSES`, `AUGMENTATIONS`, `SPLITS`.
@@ -83,6 +105,9 @@ class Recipe:
         Cut so many patches once, and show them again and again, rather than new ones in each step.
     validation_step : int
         Every so many of the validation slices is looked at after each epoch; at the end all are.
+    chosen_on : str
+        Of a run that trains on all slices: the run whose folds, NAME-fold-1 and so on, of seed 0, say how probabilities
+        become a mask. Runs of one fold write down what they need for that.
     tested : bool
         Choose the threshold on the validation slices and measure the test stack, once. Rows that only compare
         settings leave it alone.
@@ -102,12 +127,15 @@ class Recipe:
     learning_rate: float = 2e-3
     schedule: str = "one-cycle"
     precision: str = "bf16"
+    encoder_rate: float = 1.0
+    averaging: float = 0.0
     loss: str = "DiceBCE"
     augmentation: str = "flips, quarter turns"
     split: str = "block"
     labelled: int | None = None
     fixed: int | None = None
     validation_step: int = 12
+    chosen_on: str | None = None
     tested: bool = True
 
     def build(self, seed: int) -> nn.Module:
@@ -141,6 +169,8 @@ class Recipe:
             loss=LOSSES[self.loss](),
             seed=seed,
             precision=self.precision,
+            encoder_rate=self.encoder_rate,
+            averaging=self.averaging,
         )
 
     def parts(self, n_slices: int) -> Split:
@@ -268,6 +298,28 @@ def _label_efficiency() -> dict[str, Recipe]:
     return recipes
 
 
+def _ladder() -> dict[str, Recipe]:
+    """Chapter 7: rung upon rung, each trained on four folds, and once on all slices, for the test stack."""
+    frozen = Recipe("the study's way", encoder="efficientnet_lite0", encoder_weights="imagenet", frozen=True)
+    finetuned = replace(frozen, shows="and fine-tuned", frozen=False)
+    stronger = {"augmentation": "flips, quarter turns, contrast, scale, blur"}
+    rungs = {
+        "frozen": frozen,
+        "finetuned": finetuned,
+        "augmented": replace(finetuned, shows="and contrast, scale, blur", **stronger),
+        "careful": replace(finetuned, shows="and a lower rate for the encoder", encoder_rate=0.3),
+        "larger": replace(finetuned, shows="and patches of 256, as many pixels", patch_size=256, steps=12),
+        "averaged": replace(finetuned, shows="and averaged weights", averaging=0.99),
+    }
+    recipes = {}
+    for name, rung in rungs.items():
+        for number, split in enumerate(FOLDS, 1):
+            shows = f"{rung.shows}, {split}"
+            recipes[f"ladder-{name}-fold-{number}"] = replace(rung, shows=shows, split=split, tested=False)
+        recipes[f"ladder-{name}"] = replace(rung, split="all", chosen_on=f"ladder-{name}")
+    return recipes
+
+
 def _on_a_gpu() -> dict[str, Recipe]:
     """The study's own run (its Table 1), and the same questions with a GPU's budget."""
     report = {"epochs": 70, "learning_rate": 1e-3, "schedule": "constant", "loss": "DiceBCE, squared"}
@@ -307,7 +359,15 @@ def _check() -> dict[str, Recipe]:
 
 
 RECIPES: dict[str, Recipe] = (
-    _check() | _mistakes() | _repairs() | _variants() | _in_3d() | _transfer() | _label_efficiency() | _on_a_gpu()
+    _check()
+    | _mistakes()
+    | _repairs()
+    | _variants()
+    | _in_3d()
+    | _transfer()
+    | _label_efficiency()
+    | _ladder()
+    | _on_a_gpu()
 )
 
 

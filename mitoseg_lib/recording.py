@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import islice
@@ -17,15 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mitoseg_lib.choices import Choice, Choices, best_choice, pooled, read_choices, scores_of_choices, write_choices
 from mitoseg_lib.datasets import describe_epfl, describe_example, load_epfl, load_example
-from mitoseg_lib.inference import choose_threshold, predict_stack
+from mitoseg_lib.inference import choose_threshold, median_filter_z, predict_stack, predict_turned
 from mitoseg_lib.metrics import scores
 from mitoseg_lib.models import EncoderUNet, calibrate_encoder, count_parameters
-from mitoseg_lib.recipes import LOSSES, Recipe, recipe_named, spread_slices
+from mitoseg_lib.recipes import FOLDS, LOSSES, N_FOLDS, Recipe, recipe_named, spread_slices
 from mitoseg_lib.runs import RESULTS, RecordedRun, read_run, run_path, write_masks
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
-from mitoseg_lib.training import fit, mean_slice_loss
+from mitoseg_lib.training import History, fit, mean_slice_loss
 
 __all__ = ["record"]
 
@@ -79,7 +81,7 @@ def record(
         return run
     unfinished = folder / "unfinished" / f"{name}-seed{seed}-{described['name']}"
     with _stopwatch(unfinished / "seconds.txt") as seconds:
-        fields, masks = _make(recipe, seed, data, unfinished, progress)
+        made = _make(recipe, _first_choice(recipe, folder), seed, _Place(data, unfinished, progress))
     threads = torch.get_num_threads()
     run = RecordedRun(
         name=name,
@@ -90,47 +92,82 @@ def record(
         device=_device_name(threads),
         wall_seconds=round(seconds(), 1),
         data=described,
-        **fields,
+        **made.fields,
     )
-    if masks:
-        write_masks(run, masks, folder)
+    if made.masks:
+        write_masks(run, made.masks, folder)
+    if made.choices:
+        write_choices(name, seed, made.choices, folder)
     run.write(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     return run
 
 
-def _make(
-    recipe: Recipe, seed: int, data: str, unfinished: Path, progress: bool | None
-) -> tuple[dict[str, Any], dict[int, NDArray[np.bool_]]]:
-    """Train and measure; return what a recorded run says of it, and masks of the test stack."""
-    stack = _load(data, "train")
+@dataclass(frozen=True)
+class _Place:
+    """Where a run is made: on which data, with which folder for checkpoints, and whether somebody watches."""
+
+    data: str
+    unfinished: Path
+    progress: bool | None
+
+
+@dataclass
+class _Made:
+    """What came of a run."""
+
+    fields: dict[str, Any]
+    masks: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
+    choices: Choices = field(default_factory=dict)
+
+
+def _make(recipe: Recipe, choice: Choice, seed: int, place: _Place) -> _Made:
+    """Train and measure."""
+    stack = _load(place.data, "train")
     split = recipe.parts(len(stack.image))
     train, validation = stack.slices(split.train), stack.slices(split.validation)
-    patches, model = recipe.patches(train, seed), recipe.build(seed)
-    if recipe.calibrated:
-        calibrate_encoder(model, _image_batches(patches, recipe.batch_size))
-    watched = validation.slices(range(0, len(validation.image), recipe.validation_step))
-    history = fit(
-        model, patches, validation=watched, settings=recipe.settings(seed), checkpoints=unfinished, progress=progress
-    )
-    model.eval()
-    measure = _Measure(model, recipe)
+    model, history = _train(recipe, seed, train, validation, place)
+    measure = _Measure(model, recipe, choice)
     on_validation = measure.predict(validation)
-    if recipe.tested:
-        measure.threshold = choose_threshold(on_validation, validation.require_labels())
+    if recipe.tested and recipe.chosen_on is None:
+        measure.choose_threshold(on_validation, validation)
     some = _some_slices(train, model)
     found = {
         "train": measure.scores(measure.predict(some), some),
         "validation": measure.scores(on_validation, validation),
         "test": None,
     }
-    masks = {}
+    made = _Made(found)
+    if recipe.split in FOLDS:
+        made.choices = measure.choices(on_validation, validation)
     if recipe.tested:
-        test = _load(data, "test")
+        test = _load(place.data, "test")
         on_test = measure.predict(test)
         found["test"] = measure.scores(on_test, test)
-        masks = {z: on_test[z] >= measure.threshold for z in MASK_SLICES if z < len(on_test)}
-    return _fields(recipe, model, split, measure.threshold) | found | {"history": history.as_rows()}, masks
+        made.masks = {z: on_test[z] >= measure.choice.threshold for z in MASK_SLICES if z < len(on_test)}
+    made.fields = _fields(recipe, model, split, measure.choice) | found | {"history": history.as_rows()}
+    return made
+
+
+def _train(recipe: Recipe, seed: int, train: Stack, validation: Stack, place: _Place) -> tuple[nn.Module, History]:
+    """Return the trained model, in ``eval()``, and its history."""
+    patches, model = recipe.patches(train, seed), recipe.build(seed)
+    if recipe.calibrated:
+        calibrate_encoder(model, _image_batches(patches, recipe.batch_size))
+    watched = validation.slices(range(0, len(validation.image), recipe.validation_step))
+    settings = recipe.settings(seed)
+    history = fit(
+        model, patches, validation=watched, settings=settings, checkpoints=place.unfinished, progress=place.progress
+    )
+    return model.eval(), history
+
+
+def _first_choice(recipe: Recipe, folder: Path) -> Choice:
+    """Return how probabilities become a mask, as far as that is known before the training."""
+    if recipe.chosen_on is None:
+        return Choice()
+    folds = (read_choices(f"{recipe.chosen_on}-fold-{k}", 0, folder) for k in range(1, N_FOLDS + 1))
+    return best_choice(pooled(folds))
 
 
 def _some_slices(train: Stack, model: nn.Module) -> Stack:
@@ -142,26 +179,39 @@ def _some_slices(train: Stack, model: nn.Module) -> Stack:
 
 
 class _Measure:
-    """Predictions and scores of a model, at one threshold."""
+    """Predictions and scores of a model, with one choice of how probabilities become a mask."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model, self.loss = model, LOSSES[recipe.loss]()
+    def __init__(self, model: nn.Module, recipe: Recipe, choice: Choice) -> None:
+        self.model, self.loss, self.choice = model, LOSSES[recipe.loss](), choice
         self.precision = "fp32" if recipe.precision == "fp32" else "auto"
-        self.threshold = 0.5
 
     def predict(self, stack: Stack) -> NDArray[np.float32]:
         """Return the probabilities of a stack."""
-        return predict_stack(self.model, stack.image, precision=self.precision)
+        return median_filter_z(self._raw(stack, turned=self.choice.turned), self.choice.median)
+
+    def _raw(self, stack: Stack, *, turned: bool) -> NDArray[np.float32]:
+        predict = predict_turned if turned else predict_stack
+        return predict(self.model, stack.image, precision=self.precision)
+
+    def choose_threshold(self, probabilities: NDArray[np.float32], stack: Stack) -> None:
+        """Take the threshold that is best on a stack."""
+        self.choice = replace(self.choice, threshold=choose_threshold(probabilities, stack.require_labels()))
+
+    def choices(self, probabilities: NDArray[np.float32], stack: Stack) -> Choices:
+        """Return what each choice scores on a stack, given its plain probabilities."""
+        labels, turned = stack.require_labels(), self._raw(stack, turned=True)
+        plain = scores_of_choices(probabilities, labels, turned=False)
+        return plain | scores_of_choices(turned, labels, turned=True)
 
     def scores(self, probabilities: NDArray[np.float32], stack: Stack) -> dict[str, float]:
         """Return loss, IoU, Dice, precision and recall, from counts pooled over the stack."""
         labels = stack.require_labels()
-        pooled = scores(probabilities >= self.threshold, labels).as_dict()
-        pooled.pop("accuracy")
-        return {"loss": mean_slice_loss(probabilities, labels, loss=self.loss)} | pooled
+        found = scores(probabilities >= self.choice.threshold, labels).as_dict()
+        found.pop("accuracy")
+        return {"loss": mean_slice_loss(probabilities, labels, loss=self.loss)} | found
 
 
-def _fields(recipe: Recipe, model: nn.Module, split: Split, threshold: float) -> dict[str, Any]:
+def _fields(recipe: Recipe, model: nn.Module, split: Split, choice: Choice) -> dict[str, Any]:
     """Return the settings as a recorded run names them."""
     unwrapped = getattr(model, "model", model)
     options = ", ".join(f"{name}={value}" for name, value in recipe.unet.items())
@@ -171,7 +221,9 @@ def _fields(recipe: Recipe, model: nn.Module, split: Split, threshold: float) ->
     is_encoder = isinstance(unwrapped, EncoderUNet)
     patches = f"{recipe.fixed} patches, again and again" if recipe.fixed else "fresh patches"
     return {
-        "model": (f"U-Net on {recipe.encoder}, encoder {frozen}" if is_encoder else f"UNet({options})") + mistake,
+        "model": (f"U-Net on {recipe.encoder}, encoder {frozen}" if is_encoder else f"UNet({options})")
+        + mistake
+        + _described(choice),
         "encoder": recipe.encoder,
         "encoder_weights": recipe.encoder_weights,
         "parameters": count_parameters(model),
@@ -181,13 +233,25 @@ def _fields(recipe: Recipe, model: nn.Module, split: Split, threshold: float) ->
         "epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
         "patch_size": recipe.patch_size if isinstance(recipe.patch_size, int) else list(recipe.patch_size),
-        "optimizer": f"Adam, {recipe.schedule}, {recipe.steps} steps an epoch, {recipe.precision}",
+        "optimizer": f"Adam, {recipe.schedule}{_extras(recipe)}, {recipe.steps} steps an epoch, {recipe.precision}",
         "learning_rate": recipe.learning_rate,
         "loss": recipe.loss,
         "augmentation": f"{recipe.augmentation}; {patches}",
-        "threshold": threshold,
+        "threshold": choice.threshold,
         "threshold_chosen_on": "validation" if recipe.tested else "fixed",
     }
+
+
+def _extras(recipe: Recipe) -> str:
+    """Return what is peculiar about the steps."""
+    slower = f", the encoder at {recipe.encoder_rate:g} of the rate" if recipe.encoder_rate != 1 else ""
+    return slower + (f", weights averaged ({recipe.averaging:g})" if recipe.averaging else "")
+
+
+def _described(choice: Choice) -> str:
+    """Return what happens to probabilities before the threshold."""
+    turned = "; mean over 8 turns" if choice.turned else ""
+    return turned + (f"; median over {choice.median} slices" if choice.median > 1 else "")
 
 
 def _image_batches(patches: Dataset, batch_size: int) -> Iterator[Tensor]:

@@ -149,7 +149,7 @@ class RecordedRun:
         """Write the run's file, whole or not at all, and return its path."""
         path = run_path(self.name, self.seed, folder)
         content = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
-        _write_whole(path, content.encode())
+        write_whole(path, content.encode())
         return path
 
 
@@ -173,7 +173,7 @@ def write_masks(run: RecordedRun, masks: dict[int, NDArray[np.bool_]], folder: P
     buffer = io.BytesIO()
     stacked = np.stack(list(masks.values()))
     np.savez_compressed(buffer, bits=np.packbits(stacked), shape=stacked.shape, slices=list(masks))
-    _write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return path
 
 
@@ -192,7 +192,7 @@ def _masks_path(run: RecordedRun, folder: Path) -> Path:
     return folder / f"{run.name}-seed{run.seed}-masks.npz"
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file, or leave what was there as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")

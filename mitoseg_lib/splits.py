@@ -6,7 +6,9 @@ contiguous block with a gap lowers this leak; it does not end it, because a mito
 the gap.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 
@@ -107,6 +109,61 @@ def random_split(n_slices: int, *, validation: float = 0.2, seed: int = 0) -> Sp
         )
     chosen = set(Random(seed).sample(range(n_slices), n_validation))
     return Split(tuple(z for z in range(n_slices) if z not in chosen), tuple(sorted(chosen)))
+
+
+def cross_validation_folds(
+    n_slices: int, n_folds: int = 4, *, gap: int = 10, left_out: Collection[int] = ()
+) -> tuple[Split, ...]:
+    """Cut a stack into blocks of slices; each of them validates once, and the others train.
+
+    One validation block of a small stack holds a dozen mitochondria, so a score on it can rise by luck. Over all folds
+    every slice is predicted once, by a model that hasn't seen it or its neighbours within the gap.
+
+    Parameters
+    ----------
+    n_slices : int
+        Number of slices in the stack.
+    n_folds : int
+        Number of blocks, 2 or more; their sizes differ by one slice at most.
+    gap : int
+        Number of slices on each side of a validation block that don't train.
+    left_out : collection of int
+        Slices that neither train nor validate, in any fold: damaged ones.
+
+    Returns
+    -------
+    tuple of Split
+        One a fold, from the first slices to the last.
+
+    Raises
+    ------
+    ValueError
+        When a number is out of range, or a fold has nothing to train on or to validate.
+
+    Examples
+    --------
+    >>> [(fold.validation[0], fold.validation[-1]) for fold in cross_validation_folds(165)]
+    [(0, 40), (41, 81), (82, 122), (123, 164)]
+    """
+    if not 2 <= n_folds <= n_slices:
+        raise ValueError(f"n_folds is {n_folds}, but from 2 to the {n_slices} slices were expected; use for example 4.")
+    if gap < 0:
+        raise ValueError(f"The gap is {gap} slices, but it can't be negative; use 0 for no gap.")
+    ends = [n_slices * fold // n_folds for fold in range(n_folds + 1)]
+    used = [z for z in range(n_slices) if z not in left_out]
+    folds = tuple(
+        Split(
+            tuple(z for z in used if z < start - gap or z >= end + gap),
+            tuple(z for z in used if start <= z < end),
+        )
+        for start, end in pairwise(ends)
+    )
+    if not all(fold.train and fold.validation for fold in folds):
+        raise ValueError(
+            f"{n_slices} slices in {n_folds} folds with a gap of {gap} leave a fold no slice to train on or none to "
+            "validate; use a smaller gap or fewer folds."
+        )
+    return folds
 
 
 def _validation_size(n_slices: int, validation: float) -> int:

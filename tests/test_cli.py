@@ -332,11 +332,6 @@ def test_the_help_of_evaluate_has_examples_and_says_what_boundary_iou_is_not():
     assert "Cheng" in result.output and "z,y,x" in result.output
 
 
-@pytest.mark.parametrize("command", [["--help"], ["fetch", "--help"], ["run", "--help"], ["evaluate", "--help"]])
-def test_the_installed_command_starts(command):
-    pass
-
-
 # --- mitoseg predict
 
 
@@ -478,7 +473,9 @@ def test_predict_stopped_by_ctrl_c_or_a_time_limit_leaves_nothing(tmp_path, weig
     assert os.listdir(tmp_path) == ["a.tif"]
 
 
-@pytest.mark.parametrize("command", [["--help"], ["fetch", "--help"], ["run", "--help"], ["predict", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["fetch", "--help"], ["run", "--help"], ["predict", "--help"], ["evaluate", "--help"]]
+)
 def test_the_installed_command_starts(command):
     executable = Path(sys.executable).with_name("mitoseg")
     assert subprocess.run([executable, *command], capture_output=True).returncode == 0

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -9,8 +10,16 @@ from hypothesis import strategies as st
 from monai.inferers import sliding_window_inference
 from torch import nn
 
-from mitoseg_lib.inference import choose_threshold, evaluating, is_bf16_native, median_filter_z, predict_stack
-from mitoseg_lib.metrics import iou
+from mitoseg_lib.inference import (
+    choose_threshold,
+    evaluating,
+    is_bf16_native,
+    median_filter_z,
+    predict_stack,
+    predict_turned,
+    threshold_scores,
+)
+from mitoseg_lib.metrics import iou, scores
 from mitoseg_lib.models import UNet, calibrate_encoder, encoder_unet
 
 
@@ -415,3 +424,44 @@ def test_the_median_needs_an_odd_size(size):
 def test_the_median_needs_a_stack():
     with pytest.raises(ValueError, match=r"\(z, y, x\) was expected"):
         median_filter_z(np.zeros((3, 2), bool), 3)
+
+
+# --- eight ways to lay down a slice
+
+
+def test_the_turned_prediction_is_the_mean_over_eight_ways():
+    torch.manual_seed(0)
+    model = UNet(width=8, depth=2)
+    image = np.random.default_rng(0).integers(0, 256, (2, 19, 30), dtype=np.uint8)
+    answers = []
+    for transpose in (False, True):
+        for flip_y, flip_x in itertools.product((1, -1), repeat=2):
+            laid = image[:, ::flip_y, ::flip_x]
+            laid = laid.transpose(0, 2, 1) if transpose else laid
+            answer = predict_stack(model, np.ascontiguousarray(laid), precision="fp32")
+            answer = answer.transpose(0, 2, 1) if transpose else answer
+            answers.append(answer[:, ::flip_y, ::flip_x])
+    assert np.ptp(answers, axis=0).max() > 1e-3  # the network isn't symmetric by itself
+    expected = np.mean(answers, axis=0)
+    assert np.allclose(predict_turned(model, image, precision="fp32"), expected, atol=1e-6)
+
+
+def test_the_turned_prediction_turns_with_the_image():
+    torch.manual_seed(0)
+    model = UNet(width=8, depth=2)
+    image = np.random.default_rng(1).integers(0, 256, (1, 24, 24), dtype=np.uint8)
+    plain = predict_turned(model, image, precision="fp32")
+    turned = predict_turned(model, np.rot90(image, axes=(1, 2)).copy(), precision="fp32")
+    assert np.allclose(turned, np.rot90(plain, axes=(1, 2)), atol=1e-6)
+
+
+# --- scores at thresholds
+
+
+def test_the_scores_at_thresholds_are_those_of_the_masks():
+    rng = np.random.default_rng(0)
+    probabilities, truth = rng.random((3, 20, 20), np.float32), rng.random((3, 20, 20)) < 0.2
+    found = threshold_scores(probabilities, truth, candidates=(0.7, 0.2, 0.2, 0.0))
+    assert list(found) == [0.0, 0.2, 0.7]
+    for threshold, pooled in found.items():
+        assert pooled == scores(probabilities >= np.float32(threshold), truth)

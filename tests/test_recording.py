@@ -16,13 +16,14 @@ from small_recording import SHAPE, coded_stack, slice_numbers
 
 from mitoseg_lib import recording
 from mitoseg_lib.checkpoints import CheckpointFolder
+from mitoseg_lib.choices import Choice, best_choice, pooled, read_choices
 from mitoseg_lib.cli import app
 from mitoseg_lib.datasets import describe_example, load_example
-from mitoseg_lib.inference import predict_stack
+from mitoseg_lib.inference import median_filter_z, predict_stack, predict_turned
 from mitoseg_lib.losses import DiceBCELoss
 from mitoseg_lib.metrics import scores
 from mitoseg_lib.models import count_parameters
-from mitoseg_lib.recipes import RECIPES
+from mitoseg_lib.recipes import FOLDS, RECIPES
 from mitoseg_lib.recording import record
 from mitoseg_lib.runs import RecordedRun, read_masks, read_run
 from mitoseg_lib.training import mean_slice_loss
@@ -326,3 +327,48 @@ def test_the_command_goes_on_too(tmp_path, small_stacks, monkeypatch):
     monkeypatch.setattr(recording, "mean_slice_loss", measure)
     assert CliRunner().invoke(app, command).exit_code == 0
     assert (tmp_path / "check-seed0.json").is_file()
+
+
+# --- folds, and what is chosen on them
+
+
+FOLD_NAMES = [f"check-fold-{k}" for k in range(1, 5)]
+
+
+@pytest.fixture
+def on_folds(tmp_path, small_stacks, monkeypatch):
+    """A folder with the runs of four folds, and recipes for them and for the run on all slices."""
+    for name, split in zip(FOLD_NAMES, FOLDS, strict=True):
+        monkeypatch.setitem(RECIPES, name, wanting(split=split, tested=False))
+    monkeypatch.setitem(RECIPES, "check", wanting(split="all", chosen_on="check"))
+    return tmp_path
+
+
+def test_a_fold_writes_down_what_each_choice_scores(on_folds):
+    run = record("check-fold-2", 0, data="phantom", folder=on_folds)
+    found = read_choices("check-fold-2", 0, on_folds)
+    assert found[Choice()].iou == run.validation["iou"] and run.test is None
+    assert {choice.turned for choice in found} == {False, True} and len(found) == 190
+    assert sum(dataclasses.astuple(found[Choice()])) == 10 * SHAPE[1] * SHAPE[2]  # one block of four
+
+
+def test_the_run_on_all_slices_takes_the_choice_that_is_best_on_all_folds(on_folds, monkeypatch):
+    for name in FOLD_NAMES:
+        record(name, 0, data="phantom", folder=on_folds)
+    expected = best_choice(pooled(read_choices(name, 0, on_folds) for name in FOLD_NAMES))
+    models = []
+    fit = recording.fit
+    monkeypatch.setattr(recording, "fit", lambda model, *a, **k: (models.append(model), fit(model, *a, **k))[1])
+    run = record("check", 0, data="phantom", folder=on_folds)
+    assert run.threshold == expected.threshold and run.threshold_chosen_on == "validation"
+    test = coded_stack(part="test")
+    predict = predict_turned if expected.turned else predict_stack
+    probabilities = median_filter_z(predict(models[0], test.image, precision="fp32"), expected.median)
+    assert run.test["iou"] == scores(probabilities >= expected.threshold, test.labels).iou
+    assert ("8 turns" in run.model) == expected.turned and ("median" in run.model) == (expected.median > 1)
+
+
+def test_without_its_folds_nothing_is_trained(on_folds, monkeypatch):
+    no_training(monkeypatch)
+    with pytest.raises(ValueError, match="mitoseg run check-fold-1"):
+        record("check", 0, data="phantom", folder=on_folds)

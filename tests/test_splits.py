@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mitoseg_lib.splits import Split, block_split, random_split
+from mitoseg_lib.splits import Split, block_split, cross_validation_folds, random_split
 
 
 def test_block_split_of_the_epfl_stack():
@@ -97,3 +97,40 @@ def test_a_gap_that_eats_the_training_part():
     with pytest.raises(ValueError, match="Of 12 slices, 2 for validation and a gap of 10 leave none"):
         block_split(12)
     assert block_split(13, gap=10).train == (0,)
+
+
+def test_four_folds_of_the_epfl_stack_without_its_artefact():
+    folds = cross_validation_folds(165, left_out=range(155, 158))
+    assert [(f.validation[0], f.validation[-1], len(f.validation)) for f in folds] == [
+        (0, 40, 41),
+        (41, 81, 41),
+        (82, 122, 41),
+        (123, 164, 39),
+    ]
+    assert folds[0].train == tuple(z for z in range(51, 165) if not 155 <= z < 158)
+    assert folds[3].train == tuple(range(113))
+
+
+@given(n=st.integers(2, 120), n_folds=st.integers(2, 6), gap=st.integers(0, 12), left_out=st.sets(st.integers(0, 120)))
+def test_each_slice_validates_once_and_folds_keep_their_distance(n, n_folds, gap, left_out):
+    try:
+        folds = cross_validation_folds(n, n_folds, gap=gap, left_out=left_out)
+    except ValueError:
+        return
+    validated = [z for fold in folds for z in fold.validation]
+    assert validated == [z for z in range(n) if z not in left_out]
+    for k, fold in enumerate(folds):
+        block = range(n * k // n_folds, n * (k + 1) // n_folds)
+        near = range(block[0] - gap, block[-1] + gap + 1)
+        assert fold.train == tuple(z for z in range(n) if z not in near and z not in left_out)
+
+
+@pytest.mark.parametrize(("n", "n_folds", "gap"), [(10, 1, 0), (3, 4, 0), (10, 2, -1), (10, 2, 5)])
+def test_folds_that_cannot_be_are_refused(n, n_folds, gap):
+    with pytest.raises(ValueError):
+        cross_validation_folds(n, n_folds, gap=gap)
+
+
+def test_a_fold_whose_slices_are_all_left_out_is_refused():
+    with pytest.raises(ValueError, match="no slice to train on or none to validate"):
+        cross_validation_folds(40, 4, gap=0, left_out=range(10))

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from torch import nn
 
 from mitoseg_lib.checkpoints import CheckpointError, CheckpointFolder, read_state
 from mitoseg_lib.inference import predict_stack
+from mitoseg_lib.interruptions import StopRequest
 from mitoseg_lib.losses import DiceBCELoss
 from mitoseg_lib.metrics import scores
 from mitoseg_lib.patches import turn_block
@@ -33,6 +35,7 @@ from mitoseg_lib.training import (
     fit,
     mean_slice_loss,
 )
+from mitoseg_lib.training.loop import Training
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 
@@ -657,3 +660,79 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     with pytest.raises(CheckpointError, match="processes was 2 and is 1"):
         os.rename(tmp_path / "two-checkpoints", tmp_path / "one-moved-checkpoints")
         shared_out(str(tmp_path / "one-moved"))
+
+
+# --- a lower rate for the encoder, and averaged weights
+
+
+class WithEncoder(nn.Sequential):
+    """The small net, whose first convolution is called its encoder."""
+
+    def __init__(self):
+        super().__init__(*small_net(dropout=0.0))
+
+    @property
+    def encoder(self):
+        return self[0]
+
+
+def test_the_encoder_takes_smaller_steps():
+    moved = {}
+    for rate in (1.0, 0.01):
+        model = WithEncoder()
+        before = copy.deepcopy(model.state_dict())
+        train(model=model, epochs=1, encoder_rate=rate, schedule="constant")
+        moved[rate] = {name: float((after - before[name]).float().norm()) for name, after in model.state_dict().items()}
+    assert 0 < moved[0.01]["0.weight"] < 0.1 * moved[1.0]["0.weight"]
+    assert moved[0.01]["3.weight"] > 0.5 * moved[1.0]["3.weight"]
+
+
+def test_both_rates_go_through_the_same_cycle():
+    training = Training(WithEncoder(), patches(), bright_block(1), quick(encoder_rate=0.25))
+    rates = []
+    for images, masks in training.remaining_batches():
+        training.take_step(images, masks, StopRequest())
+        rates.append([group["lr"] for group in training.optimizer.param_groups])
+    rates = np.array(rates)
+    assert np.allclose(rates[:, 0], 0.25 * rates[:, 1]) and np.ptp(rates[:, 1]) > 0
+
+
+def test_a_model_without_an_encoder_has_one_rate():
+    training = Training(small_net(), patches(), bright_block(1), quick(encoder_rate=0.25))
+    assert len(training.optimizer.param_groups) == 1
+
+
+def test_the_average_is_what_is_validated_and_returned():
+    def numbers(model):  # all but BatchNorm's count of batches, a whole number
+        return torch.cat([values.flatten() for values in model.state_dict().values() if values.is_floating_point()])
+
+    share, model, expected = 0.8, small_net(), None
+    training = Training(model, patches(), bright_block(1), quick(averaging=share, epochs=1))
+    for images, masks in training.remaining_batches():
+        training.take_step(images, masks, StopRequest())
+        now = numbers(model)
+        expected = now if expected is None else share * expected + (1 - share) * now
+    assert torch.allclose(numbers(training.measured), expected, atol=1e-5)
+    assert not torch.allclose(numbers(training.measured), numbers(model), atol=1e-3)
+    returned, history = train(averaging=share, epochs=1)
+    assert torch.allclose(numbers(returned), expected, atol=1e-5)
+    mask = predict_stack(returned, bright_block(1).image, precision="fp32") >= 0.5
+    assert history.epochs[-1].validation_iou == scores(mask, bright_block(1).labels).iou
+
+
+def test_an_averaged_training_goes_on_as_if_nobody_had_stopped_it(tmp_path):
+    whole, _ = train(tmp_path / "whole", averaging=0.9)
+    with pytest.raises(TrainingInterrupted):
+        train(tmp_path / "stopped", averaging=0.9, strike=(1, 9, signal.SIGTERM))
+    resumed, _ = train(tmp_path / "stopped", averaging=0.9)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert last_file(tmp_path / "stopped") == last_file(tmp_path / "whole")
+    best = small_net()
+    CheckpointFolder(tmp_path / "whole").load_best(best)
+    assert not torch.equal(weights(best), torch.zeros_like(weights(best)))
+
+
+@pytest.mark.parametrize("wrong", [{"encoder_rate": 0}, {"encoder_rate": 1.5}, {"averaging": 1.0}, {"averaging": -0.1}])
+def test_rates_and_shares_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        quick(**wrong)

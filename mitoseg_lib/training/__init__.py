@@ -50,7 +50,8 @@ def fit(
     """Train a model with Adam, and measure it on whole slices after each epoch.
 
     The model is trained in place, on the GPU if there is one, and comes back with the weights of the last epoch, in
-    ``eval()``; ``CheckpointFolder(checkpoints).load_best(model)`` gives it those of the best. Under ``accelerate
+    ``eval()`` (or with their moving average, if ``settings.averaging`` asks for one);
+    ``CheckpointFolder(checkpoints).load_best(model)`` gives it those of the best. Under ``accelerate
     launch`` every step's batch is shared out among the processes; with BatchNorm or a Dice summed over the batch, each
     process then computes them over its share, which is not quite the same.
 
@@ -106,5 +107,7 @@ def fit(
             training.resume(folder)
         with training.bar(progress) as bar:
             training.run(folder, stop, bar)
+        if training.measured is not model:
+            model.load_state_dict(training.measured.state_dict())
     model.eval()
     return training.history

@@ -27,7 +27,13 @@ from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training.batches import Batches, patch_loader
 from mitoseg_lib.training.evaluation import evaluate
 from mitoseg_lib.training.history import Epoch, History
-from mitoseg_lib.training.optimizer import adam, autocast_dtype, learning_rate_schedule, like_parameters
+from mitoseg_lib.training.optimizer import (
+    adam,
+    autocast_dtype,
+    averaged,
+    learning_rate_schedule,
+    like_parameters,
+)
 from mitoseg_lib.training.settings import TrainingSettings
 
 
@@ -55,7 +61,8 @@ class Training:
             "processes": self.accelerator.num_processes,
         }
         self.wrapped = self.accelerator.prepare_model(_channels_last(model))
-        self.optimizer = adam(model, settings.learning_rate)
+        self.averaged = averaged(model, settings.averaging)
+        self.optimizer = adam(model, settings)
         self.scheduler = learning_rate_schedule(self.optimizer, settings, settings.epochs * len(self.batches))
         self.dtype = autocast_dtype(settings.precision, self.accelerator.device)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.dtype == torch.float16)
@@ -110,6 +117,8 @@ class Training:
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # else the step was skipped, since its fp16 gradients were too large
             self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         self.step += 1
         self.loss_sum += loss
         self.counts += Scores(*map(int, counts))
@@ -159,7 +168,7 @@ class Training:
         loss, pooled = None, None
         if self.accelerator.is_main_process:
             precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-            loss, pooled = evaluate(self.model, self.validation, loss=self.settings.loss, precision=precision)
+            loss, pooled = evaluate(self.measured, self.validation, loss=self.settings.loss, precision=precision)
         loss, pooled = broadcast_object_list([loss, pooled])
         best_before = max(self.history.column("validation_iou"), default=-1.0)
         self.epoch += 1
@@ -193,9 +202,14 @@ class Training:
         state = self._state()
         if self.accelerator.is_main_process:
             if best:
-                folder.save_best(self.model, (self.epoch, self.step))
+                folder.save_best(self.measured, (self.epoch, self.step))
             folder.save_last(state, (self.epoch, self.step))
         self.accelerator.wait_for_everyone()
+
+    @property
+    def measured(self) -> nn.Module:
+        """The model that is validated and handed out: the average, where one is kept."""
+        return self.model if self.averaged is None else self.averaged.module
 
     def _require_finite_weights(self) -> None:
         """Raise NonFiniteError: a finite loss can have infinite gradients, and such weights must not be saved."""
@@ -210,6 +224,7 @@ class Training:
         """Return everything that moves."""
         return {
             "model": self.model.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -238,6 +253,8 @@ class Training:
     def _restore(self, state: State) -> None:
         """Become what `_state` described."""
         self.model.load_state_dict(state["model"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         like_parameters(self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])

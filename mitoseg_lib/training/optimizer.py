@@ -1,21 +1,40 @@
-"""What takes a step: Adam, the schedule of its rate, and the precision of its gradients."""
+"""What takes a step: Adam, the schedule of its rate, the precision of its gradients, and the average of weights."""
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mitoseg_lib.inference import is_bf16_native
 from mitoseg_lib.training.settings import TrainingSettings
 
 
-def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Return Adam over what can be trained, or raise a ValueError if that is nothing."""
+def adam(model: nn.Module, settings: TrainingSettings) -> torch.optim.Adam:
+    """Return Adam over what can be trained, or raise a ValueError if that is nothing.
+
+    The encoder's parameters are a group of their own where their rate differs.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(
             f"{type(model).__name__} has no parameter with requires_grad, but some must be trained; thaw a part of it."
         )
-    return torch.optim.Adam(trainable, lr=learning_rate)
+    rate, encoder = settings.learning_rate, getattr(model, "encoder", None)
+    if encoder is None or settings.encoder_rate == 1:
+        return torch.optim.Adam(trainable, lr=rate)
+    of_encoder = {id(parameter) for parameter in encoder.parameters()}
+    groups = [
+        {"params": [p for p in trainable if id(p) in of_encoder], "lr": rate * settings.encoder_rate},
+        {"params": [p for p in trainable if id(p) not in of_encoder], "lr": rate},
+    ]
+    return torch.optim.Adam([group for group in groups if group["params"]])
+
+
+def averaged(model: nn.Module, share: float) -> AveragedModel | None:
+    """Return what keeps the moving average of a model, or None for a share of 0."""
+    if not share:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(share), use_buffers=True)
 
 
 def like_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -33,7 +52,7 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, settings: TrainingS
     """Return the schedule that the settings name, over so many steps."""
     if settings.schedule == "constant":
         return ConstantLR(optimizer, factor=1.0, total_iters=0)
-    return OneCycleLR(optimizer, settings.learning_rate, total_steps=n_steps)
+    return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=n_steps)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

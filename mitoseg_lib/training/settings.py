@@ -29,6 +29,13 @@ class TrainingSettings:
     schedule : {"one-cycle", "constant"}
         One-cycle rises from 1/25 of the rate to the rate in the first 30 % of the steps, and falls to nearly 0 in the
         rest (torch's ``OneCycleLR``; L. N. Smith, N. Topin: Super-Convergence, https://arxiv.org/abs/1708.07120).
+    encoder_rate : float
+        What the rate is multiplied with for the parameters of ``model.encoder``, between 0 and 1 (0 excluded): a
+        pretrained encoder needs smaller steps than a decoder that starts at random.
+    averaging : float
+        0, or a share below 1: keep a moving average of the weights (and of BatchNorm's statistics), of which each
+        step leaves this share as it was. The average is validated, and is what the training returns. 0.99 looks back
+        on some 100 steps (B. Polyak, A. Juditsky 1992; torch's ``AveragedModel``).
     loss : callable
         Takes logits and masks, float32 (n, 1, y, x), and returns a scalar.
     seed : int
@@ -46,6 +53,8 @@ class TrainingSettings:
     batch_size: int = 6
     learning_rate: float = 2e-3
     schedule: str = "one-cycle"
+    encoder_rate: float = 1.0
+    averaging: float = 0.0
     loss: Loss = field(default_factory=DiceBCELoss)
     seed: int = 0
     precision: str = "auto"
@@ -61,6 +70,10 @@ class TrainingSettings:
             raise ValueError(f"workers is {self.workers}, but it must be 0 or more; correct it.")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate is {self.learning_rate}, but it must be above 0; use for example 0.002.")
+        if not 0 < self.encoder_rate <= 1:
+            raise ValueError(f"encoder_rate is {self.encoder_rate}, but it must lie in (0, 1]; use for example 0.1.")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging is {self.averaging}, but it must lie in [0, 1); use 0, or for example 0.99.")
         for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -69,7 +82,7 @@ class TrainingSettings:
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a training to go on from a checkpoint as the same one."""
-        names = ["batch_size", "learning_rate", "schedule", "seed", "precision"]
+        names = ["batch_size", "learning_rate", "schedule", "encoder_rate", "averaging", "seed", "precision"]
         if self.schedule == "one-cycle":  # a constant rate can go on for longer, a cycle can't
             names.append("epochs")
         is_module = isinstance(self.loss, nn.Module)
