@@ -25,8 +25,9 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
+from mitoseg_lib.files import UNFINISHED, hash_path, write_whole
+
 KEPT = 2  # checkpoints of each kind
-UNFINISHED = ".part"
 State = dict[str, Any]
 Place = tuple[int, int]  # whole epochs, and steps of the next one
 
@@ -184,27 +185,6 @@ def read_state(path: Path) -> State:
         raise CheckpointError(
             f"{path.name} is a safetensors file of another kind; give one that this library wrote."
         ) from None
-
-
-def hash_path(path: Path) -> Path:
-    """Return the file beside a file that holds its sha256."""
-    return path.with_name(path.name + ".sha256")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or not there, even if the power fails."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with open(unfinished, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(path)
-    if os.name == "posix":  # the rename itself is on the disk once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mitoseg_lib.files import write_whole
 from mitoseg_lib.inference import median_filter_z, threshold_scores
 from mitoseg_lib.metrics import Scores
-from mitoseg_lib.runs import RESULTS, write_whole
+from mitoseg_lib.runs import RESULTS
 
 __all__ = ["Choice", "best_choice", "pooled", "read_choices", "scores_of_choices", "write_choices"]
 

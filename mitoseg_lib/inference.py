@@ -97,7 +97,13 @@ def predict_stack(
         return _predict_windows(predict, image, sides, batch_size, device=device, progress=progress)
 
 
-def predict_turned(model: nn.Module, image: NDArray[np.uint8], *, precision: str = "auto") -> NDArray[np.float32]:
+def predict_turned(
+    model: nn.Module,
+    image: NDArray[np.uint8],
+    *,
+    precision: str = "auto",
+    window: int | Sequence[int] | None = None,
+) -> NDArray[np.float32]:
     """Return the mean of a model's answers to the eight ways to lay down a slice ("test-time augmentation").
 
     The slices are flipped and turned by quarter turns, predicted, and the answers are turned back. Eight times the
@@ -107,7 +113,7 @@ def predict_turned(model: nn.Module, image: NDArray[np.uint8], *, precision: str
     for quarters in range(4):
         for flip in (slice(None), slice(None, None, -1)):
             turned = np.ascontiguousarray(np.rot90(image, quarters, axes=(1, 2))[:, flip])
-            answer = predict_stack(model, turned, precision=precision)
+            answer = predict_stack(model, turned, precision=precision, window=window)
             total += np.rot90(answer[:, flip], -quarters, axes=(1, 2))
     return total / 8
 

@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 
 from mitoseg_lib.errors import FilePath, StackError, named_errors
 from mitoseg_lib.grey import GreyRange, GreyTransform, choose_grey_transform
-from mitoseg_lib.inference import predict_stack
+from mitoseg_lib.inference import predict_stack, predict_turned
 from mitoseg_lib.readers import SliceReader, open_reader
 from mitoseg_lib.tiff.metadata import VoxelSize
 from mitoseg_lib.weights import load_weights
 from mitoseg_lib.writers import check_target, encode_probabilities, write_slabs
 
-__all__ = ["PredictionPlan", "Segmenter", "plan_prediction", "predict_with_flips", "resample"]
+__all__ = ["PredictionPlan", "Segmenter", "plan_prediction", "resample"]
 
 ASSUMED_NM = (5.0, 5.0, 5.0)
 SLAB = 8  # slices at a time, as many as a chunk of the written Zarr has
@@ -110,7 +110,7 @@ class Segmenter:
             grey = resample(image, inner, cubic=True)
             image = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
         window = WINDOW if math.prod(inner) > LARGEST_WHOLE else None
-        predict = predict_with_flips if self.tta else predict_stack
+        predict = predict_turned if self.tta else predict_stack
         found = predict(self.model, image, window=window)
         return found if inner == plane else np.clip(resample(found, plane), 0, 1)
 
@@ -222,20 +222,6 @@ def plan_prediction(
             " and the result is brought back"
         )
     return PredictionPlan(reader, target, segmenter, size, grey, tuple(notes), overwrite)
-
-
-def predict_with_flips(model: nn.Module, image: NDArray[np.uint8], *, window: int | None = None) -> NDArray[np.float32]:
-    """Return the mean of the probabilities of each slice's 8 orientations: quarter turns, mirrored or not.
-
-    Parameters and result as in `mitoseg_lib.inference.predict_stack`.
-    """
-    total = np.zeros(image.shape, np.float32)
-    for turns in range(4):
-        for is_mirrored in (False, True):
-            turned = np.rot90(image[:, :, ::-1] if is_mirrored else image, turns, axes=(1, 2))
-            found = np.rot90(predict_stack(model, np.ascontiguousarray(turned), window=window), -turns, axes=(1, 2))
-            total += found[:, :, ::-1] if is_mirrored else found
-    return total / np.float32(8)
 
 
 def resample(values: NDArray, plane: tuple[int, int], *, cubic: bool = False) -> NDArray[np.float32]:

@@ -254,17 +254,19 @@ def _in_3d() -> dict[str, Recipe]:
     block = {"patch_size": (32, 96, 96), "augmentation": "turns of blocks", "validation_step": 1}
     base = Recipe("3D", narrow, batch_size=2, epochs=4, **block)
     short = {"epochs": 4, "steps": 78, "batch_size": 1, "tested": False}  # the voxels of "equal voxels"
+    slow = {"learning_rate": 5e-4}
     raw = {"mistake": "input 0 to 255", "schedule": "constant", "learning_rate": 1e-3}
     return {
         "unet3d-equal-time": replace(base, shows="3D, as many seconds as the 2D U-Net", steps=95),
         "unet3d-equal-voxels": replace(base, shows="3D, as many voxels as the 2D U-Net", steps=39),
         "unet3d-longer": replace(base, shows="3D, 2.5 times as many seconds", epochs=6, steps=160),
-        "unet3d-batch-1-batchnorm": replace(base, shows="3D, batches of 1, BatchNorm", **short),
+        "unet3d-batch-1-fast": replace(base, shows="3D, batches of 1, the rate of batches of 2", **short),
+        "unet3d-batch-1-batchnorm": replace(base, shows="3D, batches of 1, BatchNorm", **short, **slow),
         "unet3d-batch-1-groupnorm": replace(
-            base, shows="3D, batches of 1, GroupNorm", unet=narrow | {"normalisation": "group"}, **short
+            base, shows="3D, batches of 1, GroupNorm", unet=narrow | {"normalisation": "group"}, **short, **slow
         ),
         "unet3d-batch-1-none": replace(
-            base, shows="3D, batches of 1, no normalisation", unet=narrow | {"normalisation": "none"}, **short
+            base, shows="3D, batches of 1, no normalisation", unet=narrow | {"normalisation": "none"}, **short, **slow
         ),
         "unet3d-raw": replace(
             base, shows="3D, input 0 to 255, no normalisation", unet=narrow | {"normalisation": "none"}, **short, **raw

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mitoseg_lib.datasets import load_epfl, load_example
+from mitoseg_lib.files import write_whole
 from mitoseg_lib.stacks import Stack
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -190,14 +191,6 @@ def read_masks(run: RecordedRun, folder: Path = RESULTS) -> dict[int, NDArray[np
 
 def _masks_path(run: RecordedRun, folder: Path) -> Path:
     return folder / f"{run.name}-seed{run.seed}-masks.npz"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, or leave what was there as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def read_run(path: Path) -> RecordedRun:

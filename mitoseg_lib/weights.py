@@ -23,9 +23,9 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from mitoseg_lib import __version__
-from mitoseg_lib.checkpoints import hash_path, write_whole
 from mitoseg_lib.datasets import bundled_folder
 from mitoseg_lib.errors import FilePath
+from mitoseg_lib.files import hash_path, write_whole
 from mitoseg_lib.models import EncoderUNet, UNet, encoder_unet
 
 __all__ = ["WeightsError", "WeightsMetadata", "load_weights", "save_weights", "shipped_weights"]

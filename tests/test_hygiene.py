@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = execute.chapters()
 MODULE_ORDER = [
     "errors",
+    "files",
     "tiff.metadata",
     "tiff.directories",
     "tiff.volume",

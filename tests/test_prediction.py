@@ -13,8 +13,8 @@ from scipy import ndimage
 from small_models import SLOPE, grey_unet, random_unet
 from test_readers import save_ome, save_slices, save_zarr
 
-from mitoseg_lib.inference import predict_stack
-from mitoseg_lib.prediction import Segmenter, plan_prediction, predict_with_flips, resample
+from mitoseg_lib.inference import predict_stack, predict_turned
+from mitoseg_lib.prediction import Segmenter, plan_prediction, resample
 from mitoseg_lib.readers import open_reader
 from mitoseg_lib.stacks import StackError, load_stack, read_mask
 from mitoseg_lib.weights import save_weights
@@ -147,7 +147,7 @@ def test_tta_is_the_mean_over_8_orientations():
             found = predict_stack(model, turned[None].copy(), precision="fp32")[0]
             expected[z] += (found.T if is_transposed else found)[:: steps[0], :: steps[1]] / 8
         assert len(seen) == 8
-    found = predict_with_flips(model, image)
+    found = predict_turned(model, image)
     assert (found.dtype, found.shape) == (np.float32, image.shape)
     limit = 0.05 if torch.backends.mkldnn.is_available() else 1e-5  # bf16 where the processor has it
     assert np.abs(found - expected).max() < limit

@@ -1,7 +1,7 @@
 import dataclasses
 import json
+import os
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,14 +188,12 @@ def test_a_file_is_written_whole_or_what_was_there_stays(tmp_path, monkeypatch, 
 
     path = write_one(1)
     before = path.read_bytes()
-    full_disk = OSError(28, "No space left on device")
-    original = Path.write_bytes
 
-    def half(self, content):
-        original(self, content[: len(content) // 2])
-        raise full_disk
+    def full_disk(descriptor):
+        os.ftruncate(descriptor, 10)
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_one(2)
     assert path.read_bytes() == before
