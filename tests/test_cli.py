@@ -462,7 +462,10 @@ def test_predict_with_options_that_cannot_be_meant_is_a_usage_error(tmp_path, st
 def test_predict_stopped_by_ctrl_c_or_a_time_limit_leaves_nothing(tmp_path, weights, number):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((3000, 300, 300), np.uint8))
     command = [Path(sys.executable).with_name("mitoseg"), "predict", "a.tif", "m.tif", "--weights", weights]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background inherits that Ctrl-C is ignored.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes, **heeding)
     waited = time.monotonic()
     while not list(tmp_path.glob(".m.tif*")) and time.monotonic() - waited < 120:  # until it has begun to write
         time.sleep(0.05)
