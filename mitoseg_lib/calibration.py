@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mitoseg_lib.inference import check_probabilities
+
 __all__ = ["Reliability", "reliability"]
 
 
@@ -82,18 +84,9 @@ def reliability(probabilities: NDArray[np.floating], truth: NDArray[np.bool_], *
     ValueError
         When shapes or dtypes are others, a number lies outside [0, 1] (or is NaN), or there is no bin.
     """
-    if probabilities.shape != truth.shape or truth.dtype != np.bool_ or probabilities.dtype.kind != "f":
-        raise ValueError(
-            f"The probabilities are {probabilities.dtype} {probabilities.shape} and the truth {truth.dtype} "
-            f"{truth.shape}, but floats and bool of one shape were expected; pass the same slices of both."
-        )
+    check_probabilities(probabilities, truth)
     if bins < 1:
         raise ValueError(f"bins is {bins}, but 1 or more were expected; use for example 10.")
-    if probabilities.size and not (probabilities.min() >= 0 and probabilities.max() <= 1):
-        raise ValueError(
-            f"The probabilities lie between {probabilities.min()} and {probabilities.max()}, but [0, 1] was expected; "
-            "pass logits through a sigmoid first."
-        )
     edges = np.linspace(0, 1, bins + 1)
     counts, foreground, total = np.zeros((3, bins))
     # Slice by slice: the numbers of the bins take twice the memory of the probabilities.

@@ -162,7 +162,7 @@ def threshold_scores(
 
     Those of several parts can be added up, and the best threshold of all of them be chosen then.
     """
-    _check_probabilities(probabilities, truth)
+    check_probabilities(probabilities, truth)
     thresholds = sorted({float(candidate) for candidate in candidates})
     if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
         raise ValueError(f"The candidates are {thresholds}, but numbers in [0, 1] were expected; give one or more.")
@@ -375,7 +375,7 @@ def _check_image(image: NDArray) -> None:
         )
 
 
-def _check_probabilities(probabilities: NDArray, truth: NDArray) -> None:
+def check_probabilities(probabilities: NDArray, truth: NDArray) -> None:
     """Raise a ValueError unless these are probabilities and a mask of one shape."""
     if probabilities.shape != truth.shape or truth.dtype != np.bool_ or probabilities.dtype.kind != "f":
         raise ValueError(

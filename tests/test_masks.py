@@ -2,14 +2,14 @@ import warnings
 
 import numpy as np
 import pytest
-import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from tiff_files import message_of, write
 
 from mitoseg_lib import stacks
 from mitoseg_lib.masks import read_labels, read_mask
-from mitoseg_lib.stacks import StackError, StackWarning
+from mitoseg_lib.stacks import StackWarning
 
 SHAPE = (9, 40, 50)
 
@@ -32,20 +32,6 @@ def smooth(full=255, dtype="uint8"):
 
 def noise(dtype="uint8"):
     return np.random.default_rng(0).integers(1, 255, SHAPE).astype(dtype)
-
-
-def write(path, values, **options):
-    tifffile.imwrite(path, values, **{"photometric": "minisblack"} | options)
-    return path
-
-
-def message_of(function, *arguments, **options):
-    """The message of the StackError that a call must raise; its form is the same for all."""
-    with pytest.raises(StackError) as caught:
-        function(*arguments, **options)
-    text = str(caught.value)
-    assert text.endswith(".") and "\n" not in text and ";" in text, text
-    return text
 
 
 @pytest.fixture(autouse=True)

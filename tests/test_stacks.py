@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
+from tiff_files import message_of, write
 
 from mitoseg_lib.stacks import (
     Stack,
@@ -33,20 +34,6 @@ def mask(foreground=255, dtype="uint8"):
     values = np.zeros(SHAPE, dtype)
     values[2:4, 5:20, 7:30] = foreground
     return values
-
-
-def write(path, values, **options):
-    tifffile.imwrite(path, values, **{"photometric": "minisblack"} | options)
-    return path
-
-
-def message_of(function, *arguments, **options):
-    """The message of the StackError that a call must raise; its form is the same for all."""
-    with pytest.raises(StackError) as caught:
-        function(*arguments, **options)
-    text = str(caught.value)
-    assert text.endswith(".") and "\n" not in text and ";" in text, text
-    return text
 
 
 # --- reading ------------------------------------------------------------------------------------------------

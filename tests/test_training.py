@@ -727,9 +727,16 @@ def test_an_averaged_training_goes_on_as_if_nobody_had_stopped_it(tmp_path):
     resumed, _ = train(tmp_path / "stopped", averaging=0.9)
     assert torch.equal(weights(resumed), weights(whole))
     assert last_file(tmp_path / "stopped") == last_file(tmp_path / "whole")
+
+
+def test_the_best_weights_are_the_average(tmp_path):
+    returned, _ = train(tmp_path, averaging=0.9, epochs=1)
     best = small_net()
-    CheckpointFolder(tmp_path / "whole").load_best(best)
-    assert not torch.equal(weights(best), torch.zeros_like(weights(best)))
+    CheckpointFolder(tmp_path).load_best(best)
+    assert torch.equal(weights(best), weights(returned))
+    last = small_net()
+    last.load_state_dict(read_state(tmp_path / "last-0001-000000.safetensors")["model"])
+    assert not torch.equal(weights(last), weights(returned))
 
 
 @pytest.mark.parametrize("wrong", [{"encoder_rate": 0}, {"encoder_rate": 1.5}, {"averaging": 1.0}, {"averaging": -0.1}])
