@@ -15,7 +15,7 @@ from mitoseg_lib.errors import StackError
 from mitoseg_lib.readers import SliceReader
 from mitoseg_lib.stacks import BRIGHTEST, DARKEST, SMALLEST_RANGE
 
-__all__ = ["GreyTransform", "choose_grey_transform"]
+__all__ = ["GreyTransform", "choose_grey_transform", "grey_range"]
 
 SAMPLED_SLICES = 64
 LARGEST_SAMPLE = 2**28  # bytes; of larger slices only every nth row and column counts
@@ -66,6 +66,13 @@ class GreyTransform:
         for target, grey in zip(result, values, strict=True):  # by slices: no float64 copy of the volume
             target[...] = np.clip(np.rint((grey.astype(np.float64) - dark) * scale + low), 0, 255)
         return result
+
+
+def grey_range(image: np.ndarray) -> GreyRange:
+    """Return the grey levels (uint8, any shape) that 0.1 and 99.9 % of the voxels lie at or below."""
+    shares = np.cumsum(np.bincount(image.ravel(), minlength=256)) / image.size
+    low, high = (int(np.searchsorted(shares, percent / 100)) for percent in (DARKEST, BRIGHTEST))
+    return float(low), float(high)
 
 
 def choose_grey_transform(reader: SliceReader, grey_range: GreyRange | None = None) -> GreyTransform:

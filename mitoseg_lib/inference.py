@@ -7,6 +7,8 @@ its surroundings than another. Only volumes for a 3D model, and slices too large
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,7 +48,9 @@ def predict_stack(
     ----------
     model : Module
         From grey levels in [0, 1], (n, 1, y, x) or, with ``model.ndim == 3``, (n, 1, z, y, x), to logits of the same
-        shape. Its `size_multiple` says what its sides must be multiples of; 32 is assumed if it has none.
+        shape. Its `size_multiple` says what its sides must be multiples of; 32 is assumed if it has none. One whose
+        `n_slices` is 3 is given each slice with its neighbours, (n, 3, y, x); at both ends of the stack the slice
+        next to the end stands in for the one that is missing.
     image : ndarray
         uint8, (z, y, x), of any size.
     batch_size : int, optional
@@ -91,10 +95,15 @@ def predict_stack(
         return logits.float().sigmoid()
 
     with evaluating(model), torch.no_grad(), nullcontext() if mixed else _exact_convolutions(device):
+        n_neighbours = getattr(model, "n_slices", 1) // 2
         if ndim == 2 and window is None:
-            return _predict_slices(predict, image, multiple, batch_size, device=device, progress=progress)
+            slices = _Slices(image, n_neighbours, multiple)
+            return _predict_slices(predict, slices, batch_size, device=device, progress=progress)
         sides = _window_sides(window, ndim, multiple, image.shape)
-        return _predict_windows(predict, image, sides, batch_size, device=device, progress=progress)
+        # Padded here, since MONAI can't reflect by more than a side of the volume.
+        padded = _Slices(_pad_to(image, (1,) * (3 - ndim) + sides), n_neighbours)
+        found = _predict_windows(predict, padded, sides, batch_size, device=device, progress=progress)
+        return found[tuple(slice(side) for side in image.shape)]
 
 
 def predict_turned(
@@ -234,17 +243,35 @@ def is_bf16_native(device: torch.device | str = "cpu") -> bool:
     return allowed and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+@dataclass(frozen=True)
+class _Slices:
+    """A stack as a 2D model takes it: each slice padded, with so many neighbours on either side as channels."""
+
+    image: NDArray[np.uint8]  # (z, y, x)
+    n_neighbours: int
+    multiple: int = 1
+
+    def batch(self, start: int, size: int) -> NDArray[np.uint8]:
+        """Return (n, channels, y, x)."""
+        n, depth = self.n_neighbours, len(self.image)
+        around = np.arange(start, min(start + size, depth))[:, None] + np.arange(-n, n + 1)
+        reflected = (depth - 1) - np.abs((depth - 1) - np.abs(around))  # 1, 0, 1, ... n - 2, n - 1, n - 2
+        chosen = self.image[reflected.clip(0).ravel()]
+        padded = _pad_ends(chosen, (1, self.multiple, self.multiple))
+        return padded.reshape(*around.shape, *padded.shape[1:])
+
+
 def _predict_slices(
-    predict: Predictor, image: NDArray, multiple: int, batch_size: int, *, device: torch.device, progress: bool
+    predict: Predictor, slices: _Slices, batch_size: int, *, device: torch.device, progress: bool
 ) -> NDArray[np.float32]:
     """Return the probabilities of a stack whose slices are predicted whole, some at a time."""
-    depth, height, width = image.shape
-    out = np.empty(image.shape, np.float32)
+    depth, height, width = slices.image.shape
+    out = np.empty(slices.image.shape, np.float32)
     start = 0
     with tqdm(total=depth, unit="slice", disable=not progress) as bar:
         while start < depth:
-            batch = _pad_ends(image[start : start + batch_size], (1, multiple, multiple))
-            found = _unless_out_of_memory(predict, _to_grey(batch, device)[:, None])
+            batch = slices.batch(start, batch_size)
+            found = _unless_out_of_memory(predict, _to_grey(batch, device))
             if found is None:
                 batch_size = _halved(min(batch_size, len(batch)), "slice")
                 continue
@@ -255,30 +282,31 @@ def _predict_slices(
 
 
 def _predict_windows(
-    predict: Predictor, image: NDArray, sides: tuple[int, ...], batch_size: int, *, device: torch.device, progress: bool
+    predict: Predictor,
+    slices: _Slices,
+    sides: tuple[int, ...],
+    batch_size: int,
+    *,
+    device: torch.device,
+    progress: bool,
 ) -> NDArray[np.float32]:
     """Return the probabilities of a stack that is predicted in overlapping windows."""
     from monai.inferers import sliding_window_inference
 
-    # Padded here, since MONAI can't reflect by more than a side of the volume.
-    padded = _pad_to(image, (1,) * (3 - len(sides)) + sides)
-    parts = padded[:, None, None] if len(sides) == 2 else padded[None, None, None]
-    out = np.empty(padded.shape, np.float32).reshape(parts.shape)
-    for part, target in zip(tqdm(parts, disable=not progress), out, strict=True):
-        grey = _to_grey(part, torch.device("cpu"))
-        found = None
-        while found is None:
+    def blend(volume: Tensor, size: int) -> Tensor:
+        return sliding_window_inference(
+            volume, sides, size, predict, overlap=OVERLAP, mode="gaussian", sw_device=device, device="cpu"
+        )
 
-            def blend(volume: Tensor, size: int = batch_size) -> Tensor:
-                return sliding_window_inference(
-                    volume, sides, size, predict, overlap=OVERLAP, mode="gaussian", sw_device=device, device="cpu"
-                )
-
-            found = _unless_out_of_memory(blend, grey)
-            batch_size = batch_size if found is not None else _halved(batch_size, "window")
+    out = np.empty(slices.image.shape, np.float32)
+    for part in tqdm(range(len(out)) if len(sides) == 2 else [slice(None)], disable=not progress):
+        batch = slices.batch(part, 1) if len(sides) == 2 else slices.image[None, None]
+        grey = _to_grey(batch, torch.device("cpu"))
+        while (found := _unless_out_of_memory(partial(blend, size=batch_size), grey)) is None:
+            batch_size = _halved(batch_size, "window")
         # Blending with weights whose sum is rounded can leave [0, 1] in the last digit.
-        target[:] = found.clamp_(0, 1).numpy()
-    return out.reshape(padded.shape)[tuple(slice(side) for side in image.shape)]
+        out[part] = found[0, 0].clamp_(0, 1).numpy()
+    return out
 
 
 def _unless_out_of_memory(function: Predictor, grey: Tensor) -> Tensor | None:

@@ -156,8 +156,8 @@ class EncoderUNet(nn.Module):
     """A U-Net whose way down is a classification network, its encoder; `encoder_unet` makes it.
 
     Its parts and the names of its weights are those of ``segmentation_models_pytorch.Unet``. Unlike that class, it
-    takes grey images: it repeats the one channel three times and scales it as the encoder was trained, and it keeps
-    a frozen encoder frozen.
+    takes grey images: it repeats the one channel three times, or takes three slices for the three colours, scales
+    them as the encoder was trained, and keeps a frozen encoder frozen.
 
     Parameters
     ----------
@@ -165,9 +165,13 @@ class EncoderUNet(nn.Module):
         Of a ``segmentation_models_pytorch.Unet``.
     mean, sd : tuple of float
         Of the images that the encoder was trained with, for each of 3 channels, in [0, 1].
+    neighbours : bool
+        Take three slices as channels, the one below, the one that is asked about, and the one above.
 
     Attributes
     ----------
+    n_slices : int
+        Channels of an input: 3 with neighbours, else 1.
     size_multiple : int
         32 for most encoders: each side of an input must be a multiple of it.
     encoder_frozen : bool
@@ -184,9 +188,11 @@ class EncoderUNet(nn.Module):
         *,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         sd: tuple[float, float, float] = IMAGENET_SD,
+        neighbours: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.segmentation_head = encoder, decoder, segmentation_head
+        self.n_slices = 3 if neighbours else 1
         self.encoder_frozen = False
         self.size_multiple = encoder.output_stride
         # Not persistent: a file of weights has the same names as one of segmentation-models-pytorch.
@@ -195,9 +201,9 @@ class EncoderUNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits (n, 1, y, x) of grey levels in [0, 1]; ValueError for a shape that doesn't fit."""
-        _check_input(image, self.ndim, self.size_multiple)
-        # Repeating the grey channel is what the encoder would see of a grey photograph. channels_last is the order
-        # in which convolutions are fastest, on a CPU and with mixed precision on a GPU.
+        _check_input(image, self.ndim, self.size_multiple, n_channels=self.n_slices)
+        # One grey channel is repeated, which is what the encoder would see of a grey photograph. channels_last is the
+        # order in which convolutions are fastest, on a CPU and with mixed precision on a GPU.
         colour = ((image - self.mean) / self.sd).contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             features = self.encoder(colour)
@@ -216,7 +222,9 @@ def resnet34_unet(weights: FilePath | None = "imagenet", frozen: bool = True) ->
     return encoder_unet("resnet34", weights=weights, frozen=frozen)
 
 
-def encoder_unet(name: str, *, weights: FilePath | None = "imagenet", frozen: bool = True) -> EncoderUNet:
+def encoder_unet(
+    name: str, *, weights: FilePath | None = "imagenet", frozen: bool = True, neighbours: bool = False
+) -> EncoderUNet:
     """Return a U-Net on one of the encoders of segmentation-models-pytorch.
 
     The decoder starts at random: the same after the same ``torch.manual_seed``, whatever the weights.
@@ -233,6 +241,9 @@ def encoder_unet(name: str, *, weights: FilePath | None = "imagenet", frozen: bo
         is a file of the same name with ".sha256" after it, it must agree. None: an encoder at random, the control.
     frozen : bool
         Whether training leaves the encoder as it is, random ones too; see `freeze_encoder`.
+    neighbours : bool
+        Whether it sees the slices below and above, too, in the place of the colours red and blue: its input has three
+        channels then, (n, 3, y, x). No weight is added.
 
     Returns
     -------
@@ -255,7 +266,7 @@ def encoder_unet(name: str, *, weights: FilePath | None = "imagenet", frozen: bo
         raise ValueError(
             f"The encoder {name!r} is unknown to segmentation-models-pytorch; use for example 'resnet34' or {LITE0!r}."
         ) from error
-    model = EncoderUNet(net.encoder, net.decoder, net.segmentation_head, mean=mean, sd=sd)
+    model = EncoderUNet(net.encoder, net.decoder, net.segmentation_head, mean=mean, sd=sd, neighbours=neighbours)
     if weights == "imagenet":
         model.encoder.load_state_dict(_lite0_weights() if smp_name == LITE0_IN_SMP else _hub_weights(smp_name))
     elif weights is not None:
@@ -349,11 +360,11 @@ def _check_unet(ndim: int, width: int, depth: int, normalisation: str) -> None:
         raise ValueError(f"width is {width}, but group normalisation needs a multiple of {GROUPS}; use for example 16.")
 
 
-def _check_input(image: Tensor, ndim: int, multiple: int) -> None:
+def _check_input(image: Tensor, ndim: int, multiple: int, n_channels: int = 1) -> None:
     """Raise a ValueError unless (n, 1, ...) with sides that can be halved as often as the network does."""
     sides = tuple(image.shape[2:])
-    if image.ndim != ndim + 2 or image.shape[1] != 1:
-        axes = "(n, 1, y, x)" if ndim == 2 else "(n, 1, z, y, x)"
+    if image.ndim != ndim + 2 or image.shape[1] != n_channels:
+        axes = f"(n, {n_channels}, y, x)" if ndim == 2 else f"(n, {n_channels}, z, y, x)"
         raise ValueError(f"The input has shape {tuple(image.shape)}, but {axes} was expected; add or drop axes.")
     if any(side % multiple for side in sides):
         raise ValueError(

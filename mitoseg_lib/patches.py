@@ -7,8 +7,10 @@ network. `train_augmentation` changes a square patch and its mask in the ways in
 The augmentations come from albumentations 2.0.8, which nothing outside this module knows.
 """
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -175,9 +177,9 @@ class TrainAugmentation:
         Parameters
         ----------
         image : ndarray
-            uint8, (y, x).
+            uint8, (y, x), or (z, y, x): all slices are changed in the same way.
         mask : ndarray
-            bool, (y, x).
+            bool, same shape.
         rng : Generator or int
             Source of all randomness, or a seed: the same state gives the same result.
 
@@ -192,7 +194,7 @@ class TrainAugmentation:
             When dtypes or shapes are others, or quarter turns meet a patch that isn't square.
         """
         _check_pair(image, mask)
-        if self._square_only and image.shape[0] != image.shape[1]:
+        if self._square_only and image.shape[-2] != image.shape[-1]:
             raise ValueError(
                 f"The patch has shape {image.shape}, but quarter turns need a square one; use a square "
                 "patch_size or quarter_turns=False."
@@ -201,9 +203,13 @@ class TrainAugmentation:
         # Not set_random_seed: it gives every transform the same seed, so that both flips would always come
         # together.
         self._compose.set_random_state(rng, Random(int(rng.integers(2**63))))
-        # Copies, since albumentations returns its very input where it draws "no change".
+        # Slices are albumentations' channels. Copies, since it returns its very input where it draws "no change".
+        image, mask = (part if part.ndim == 2 else np.moveaxis(part, 0, -1) for part in (image, mask))
         result = self._compose(image=image.copy(), mask=mask.astype(np.uint8))
-        return np.ascontiguousarray(result["image"]), np.ascontiguousarray(result["mask"]).astype(bool)
+        image, mask = result["image"], result["mask"].astype(bool)
+        return tuple(
+            np.ascontiguousarray(np.moveaxis(part, -1, 0) if part.ndim == 3 else part) for part in (image, mask)
+        )
 
 
 def train_augmentation(
@@ -267,6 +273,59 @@ def train_augmentation(
     if noise:
         transforms.append(a.GaussNoise(std_range=(0, noise / 255), p=1))
     return TrainAugmentation(transforms, square_only=quarter_turns)
+
+
+def elastic_augmentation(*, displacement: float = 3.0, smoothness: float = 12.0) -> TrainAugmentation:
+    """Make an augmentation that bends a patch and its mask as if the tissue were rubber.
+
+    Each pixel is moved along y and along x by independent noise, smoothed with a Gaussian: P. Simard, D. Steinkraus,
+    J. Platt: Best practices for convolutional neural networks, ICDAR 2003. What lies beyond the border is reflected.
+
+    Parameters
+    ----------
+    displacement : float
+        Its sd along each axis, in pixels, above 0.
+    smoothness : float
+        Sd of the Gaussian, in pixels, above 0: neighbours nearer than that move together.
+
+    Returns
+    -------
+    TrainAugmentation
+
+    Raises
+    ------
+    ValueError
+        When a length is out of range.
+    """
+    import cv2
+
+    for name, value in (("displacement", displacement), ("smoothness", smoothness)):
+        if not 0 < value <= 100:
+            raise ValueError(f"{name} is {value}, but it must lie in (0, 100]; use for example 3.")
+    # albumentations smooths uniform noise between -1 and 1, of an sd of 3^-1/2; a Gaussian divides it by 2 pi^1/2 sd.
+    alpha = displacement * math.sqrt(3) * 2 * math.sqrt(math.pi) * smoothness
+    bend = _albumentations().ElasticTransform(
+        alpha, smoothness, border_mode=cv2.BORDER_REFLECT_101, noise_distribution="uniform", p=1
+    )
+    return TrainAugmentation([bend], square_only=False)
+
+
+def in_turn(*augmentations: Augmentation) -> Augmentation:
+    """Return the augmentation that applies several, one after the other."""
+    return _InTurn(augmentations)
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """What `in_turn` returns; it can be sent to worker processes, as a function within a function can't."""
+
+    augmentations: tuple[Augmentation, ...]
+
+    def __call__(self, image: Image, mask: Mask, rng: np.random.Generator) -> tuple[Image, Mask]:
+        """Return new arrays."""
+        for augmentation in self.augmentations:
+            image, mask = augmentation(image, mask, rng)
+        return image, mask
 
 
 def turn_block(image: Image, mask: Mask, rng: np.random.Generator) -> tuple[Image, Mask]:
@@ -414,8 +473,8 @@ def _check_range(name: str, value: float, highest: float) -> None:
 
 def _check_pair(image: Image, mask: Mask) -> None:
     """Raise a ValueError unless these are a uint8 image and its bool mask."""
-    if image.dtype != np.uint8 or mask.dtype != np.bool_ or image.ndim != 2 or image.shape != mask.shape:
+    if image.dtype != np.uint8 or mask.dtype != np.bool_ or image.ndim not in (2, 3) or image.shape != mask.shape:
         raise ValueError(
-            f"The image is {image.dtype} {image.shape} and the mask {mask.dtype} {mask.shape}, but uint8 and "
-            "bool of one shape (y, x) were expected; augment before converting to float."
+            f"The image is {image.dtype} {image.shape} and the mask {mask.dtype} {mask.shape}, but uint8 and bool of "
+            "one shape, (y, x) or (z, y, x), were expected; augment before converting to float."
         )

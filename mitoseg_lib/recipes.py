@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from mitoseg_lib import mistakes
 from mitoseg_lib.losses import DiceBCELoss, DiceLoss
 from mitoseg_lib.models import UNet, encoder_unet
-from mitoseg_lib.patches import PatchDataset, train_augmentation, turn_block
+from mitoseg_lib.patches import PatchDataset, elastic_augmentation, in_turn, train_augmentation, turn_block
 from mitoseg_lib.splits import Split, block_split, cross_validation_folds, random_split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import TrainingSettings
@@ -42,9 +42,11 @@ AUGMENTATIONS: dict[str, Callable[[], Any]] = {
     "flips, quarter turns": train_augmentation,
     "flips, noise": lambda: train_augmentation(quarter_turns=False, noise=15),  # the report's
     "turns of blocks": lambda: turn_block,
+    "flips, quarter turns, contrast": lambda: train_augmentation(brightness_contrast=0.2),
     "flips, quarter turns, contrast, scale, blur": lambda: train_augmentation(
         brightness_contrast=0.2, scale=0.25, blur=1.0
     ),
+    "flips, quarter turns, elastic": lambda: in_turn(train_augmentation(), elastic_augmentation()),
 }
 MISTAKES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "input 0 to 255": lambda model: mistakes.ScaledInput(model, training=255, evaluation=255),
@@ -85,7 +87,7 @@ class Recipe:
         What the run is for, in a few words.
     unet : dict
         Arguments of `UNet`, unless there is an encoder.
-    encoder, encoder_weights, frozen : str, str and bool
+    encoder, encoder_weights, frozen, neighbours : str, str, bool, bool
         As in `encoder_unet`.
     calibrated : bool
         Estimate the encoder's BatchNorm statistics on training patches first.
@@ -108,6 +110,8 @@ class Recipe:
     chosen_on : str
         Of a run that trains on all slices: the run whose folds, NAME-fold-1 and so on, of seed 0, say how probabilities
         become a mask. Runs of one fold write down what they need for that.
+    compare_turned : bool
+        Of a run of one fold: try the mean over eight turns (`predict_turned`) too, in eight times the time.
     tested : bool
         Choose the threshold on the validation slices and measure the test stack, once. Rows that only compare
         settings leave it alone.
@@ -118,6 +122,7 @@ class Recipe:
     encoder: str | None = None
     encoder_weights: str | None = None
     frozen: bool = False
+    neighbours: bool = False
     calibrated: bool = False
     mistake: str | None = None
     epochs: int = 20
@@ -136,6 +141,7 @@ class Recipe:
     fixed: int | None = None
     validation_step: int = 12
     chosen_on: str | None = None
+    compare_turned: bool = False
     tested: bool = True
 
     def build(self, seed: int) -> nn.Module:
@@ -144,7 +150,9 @@ class Recipe:
         if self.encoder is None:
             model: nn.Module = UNet(**self.unet)
         else:
-            model = encoder_unet(self.encoder, weights=self.encoder_weights, frozen=self.frozen)
+            model = encoder_unet(
+                self.encoder, weights=self.encoder_weights, frozen=self.frozen, neighbours=self.neighbours
+            )
         return MISTAKES[self.mistake](model) if self.mistake else model
 
     def patches(self, stack: Stack, seed: int) -> Dataset[Pair]:
@@ -152,11 +160,13 @@ class Recipe:
         length = self.steps * self.batch_size
         patches = PatchDataset(
             stack,
-            patch_size=self.patch_size,
+            patch_size=(3, self.patch_size, self.patch_size) if self.neighbours else self.patch_size,
             patches_per_epoch=self.fixed or length,
             seed=seed,
             augmentation=AUGMENTATIONS[self.augmentation](),
         )
+        if self.neighbours:
+            return _MiddleSlices(patches)
         return _FixedPatches(patches, length) if self.fixed else patches
 
     def settings(self, seed: int) -> TrainingSettings:
@@ -194,6 +204,22 @@ class _FixedPatches(Dataset[Pair]):
         if not 0 <= index < self.length:
             raise IndexError(f"Patch {index} was asked for, but an epoch has patches 0 to {self.length - 1}.")
         return self.patches[index % len(self.patches)]
+
+
+class _MiddleSlices(Dataset[Pair]):
+    """Blocks of three slices as a network with neighbours takes them: slices as channels, the middle one's mask."""
+
+    def __init__(self, blocks: PatchDataset) -> None:
+        self.blocks, self.set_epoch = blocks, blocks.set_epoch
+
+    def __len__(self) -> int:
+        """Return how many patches make an epoch."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Pair:
+        """Return image (3, y, x) and mask (1, y, x)."""
+        image, mask = self.blocks[index]
+        return image[0], mask[:, 1]
 
 
 def _mistakes() -> dict[str, Recipe]:
@@ -312,6 +338,9 @@ def _ladder() -> dict[str, Recipe]:
         "careful": replace(finetuned, shows="and a lower rate for the encoder", encoder_rate=0.3),
         "larger": replace(finetuned, shows="and patches of 256, as many pixels", patch_size=256, steps=12),
         "averaged": replace(finetuned, shows="and averaged weights", averaging=0.99),
+        "neighbours": replace(finetuned, shows="and neighbouring slices as channels", neighbours=True),
+        "elastic": replace(finetuned, shows="and elastic bending", augmentation="flips, quarter turns, elastic"),
+        "contrast": replace(finetuned, shows="and contrast", augmentation="flips, quarter turns, contrast"),
     }
     recipes = {}
     for name, rung in rungs.items():

@@ -20,16 +20,18 @@ from torch.utils.data import Dataset
 
 from mitoseg_lib.choices import Choice, Choices, best_choice, pooled, read_choices, scores_of_choices, write_choices
 from mitoseg_lib.datasets import describe_epfl, describe_example, load_epfl, load_example
+from mitoseg_lib.grey import grey_range
 from mitoseg_lib.inference import choose_threshold, median_filter_z, predict_stack, predict_turned
 from mitoseg_lib.metrics import scores
-from mitoseg_lib.models import EncoderUNet, calibrate_encoder, count_parameters
+from mitoseg_lib.models import EncoderUNet, UNet, calibrate_encoder, count_parameters
 from mitoseg_lib.recipes import FOLDS, LOSSES, N_FOLDS, Recipe, recipe_named, spread_slices
 from mitoseg_lib.runs import RESULTS, RecordedRun, read_run, run_path, write_masks
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import History, fit, mean_slice_loss
+from mitoseg_lib.weights import save_weights
 
-__all__ = ["record"]
+__all__ = ["record", "weights_path"]
 
 CALIBRATION_BATCHES = 20
 TRAIN_SLICES = 13  # of the training part, for its score
@@ -41,7 +43,8 @@ def record(
 ) -> RecordedRun:
     """Make a run, write its file, and return it; a run that is recorded already is read instead.
 
-    An interrupted run goes on from its last checkpoint, in ``folder/unfinished/``, when it is asked for again.
+    An interrupted run goes on from its last checkpoint, in ``folder/unfinished/``, when it is asked for again. The
+    trained weights of a network for slices are kept in ``folder/weights/``, as `mitoseg predict --weights` takes them.
 
     Parameters
     ----------
@@ -98,9 +101,18 @@ def record(
         write_masks(run, made.masks, folder)
     if made.choices:
         write_choices(name, seed, made.choices, folder)
+    if made.model is not None:
+        path = weights_path(name, seed, folder)
+        path.parent.mkdir(exist_ok=True)
+        save_weights(made.model, path, threshold=run.threshold, encoder=recipe.encoder, grey_range=made.grey_range)
     run.write(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     return run
+
+
+def weights_path(name: str, seed: int, folder: Path = RESULTS) -> Path:
+    """Return where the trained weights of a run are kept; they aren't part of the project."""
+    return folder / "weights" / f"{name}-seed{seed}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,8 @@ class _Made:
     fields: dict[str, Any]
     masks: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
     choices: Choices = field(default_factory=dict)
+    model: nn.Module | None = None  # if it can be handed on
+    grey_range: tuple[float, float] | None = None
 
 
 def _make(recipe: Recipe, choice: Choice, seed: int, place: _Place) -> _Made:
@@ -138,6 +152,8 @@ def _make(recipe: Recipe, choice: Choice, seed: int, place: _Place) -> _Made:
         "test": None,
     }
     made = _Made(found)
+    if isinstance(model, EncoderUNet | UNet) and model.ndim == 2:
+        made.model, made.grey_range = model, grey_range(train.image)
     if recipe.split in FOLDS:
         made.choices = measure.choices(on_validation, validation)
     if recipe.tested:
@@ -184,6 +200,7 @@ class _Measure:
     def __init__(self, model: nn.Module, recipe: Recipe, choice: Choice) -> None:
         self.model, self.loss, self.choice = model, LOSSES[recipe.loss](), choice
         self.precision = "fp32" if recipe.precision == "fp32" else "auto"
+        self.compare_turned = recipe.compare_turned
 
     def predict(self, stack: Stack) -> NDArray[np.float32]:
         """Return the probabilities of a stack."""
@@ -199,9 +216,11 @@ class _Measure:
 
     def choices(self, probabilities: NDArray[np.float32], stack: Stack) -> Choices:
         """Return what each choice scores on a stack, given its plain probabilities."""
-        labels, turned = stack.require_labels(), self._raw(stack, turned=True)
-        plain = scores_of_choices(probabilities, labels, turned=False)
-        return plain | scores_of_choices(turned, labels, turned=True)
+        labels = stack.require_labels()
+        found = scores_of_choices(probabilities, labels, turned=False)
+        if self.compare_turned:
+            found |= scores_of_choices(self._raw(stack, turned=True), labels, turned=True)
+        return found
 
     def scores(self, probabilities: NDArray[np.float32], stack: Stack) -> dict[str, float]:
         """Return loss, IoU, Dice, precision and recall, from counts pooled over the stack."""

@@ -49,6 +49,7 @@ MODULE_ORDER = [
     "training.evaluation",
     "training.batches",
     "training.optimizer",
+    "training.precision",
     "training.loop",
     "training",
     "instances",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mitoseg_lib.patches import PatchDataset, rotate, train_augmentation, turn_block
+from mitoseg_lib.patches import PatchDataset, elastic_augmentation, in_turn, rotate, train_augmentation, turn_block
 from mitoseg_lib.splits import block_split
 from mitoseg_lib.stacks import Stack, StackError
 
@@ -585,14 +585,46 @@ def test_strengths_out_of_range(bad):
         train_augmentation(**bad)
 
 
-@pytest.mark.parametrize("change", ["float image", "uint8 mask", "3D", "shapes"])
+@pytest.mark.parametrize("change", ["float image", "uint8 mask", "4D", "shapes"])
 def test_augmenting_something_else(change):
     image, mask = example()
-    image = {"float image": image / 255, "3D": image[None]}.get(change, image)
-    mask = {"uint8 mask": mask.astype(np.uint8), "3D": mask[None], "shapes": mask[1:]}.get(change, mask)
+    image = {"float image": image / 255, "4D": image[None, None]}.get(change, image)
+    mask = {"uint8 mask": mask.astype(np.uint8), "4D": mask[None, None], "shapes": mask[1:]}.get(change, mask)
     for call in (lambda: train_augmentation()(image, mask, 0), lambda: rotate(image, mask, 10)):
         with pytest.raises(ValueError, match="uint8 and bool of one shape"):
             call()
+
+
+def test_slices_of_a_block_are_changed_in_the_same_way():
+    image, mask = example()
+    augmentation = in_turn(train_augmentation(**EVERYTHING | {"noise": 0.0}, blur=1.0), elastic_augmentation())
+    alone = augmentation(image, mask, np.random.default_rng(3))
+    block = augmentation(np.stack([image] * 3), np.stack([mask] * 3), np.random.default_rng(3))
+    for flat, parts in zip(alone, block, strict=True):
+        assert parts.shape == (3, *flat.shape) and parts.flags.c_contiguous
+        assert all(np.array_equal(part, flat) for part in parts)
+
+
+def test_elastic_bending_moves_pixels_as_far_as_it_says_and_the_mask_goes_along():
+    y, x = np.mgrid[:200, :200]
+    ramp, halves = x.astype(np.uint8) + np.uint8(20), x > 100
+    moved = []
+    for seed in range(20):
+        bent, mask = elastic_augmentation(displacement=3.0, smoothness=12.0)(ramp, halves, np.random.default_rng(seed))
+        inside = np.s_[40:-40, 40:-40]  # reflection and the mask's rounding play no role there
+        moved.append((bent.astype(float) - ramp)[inside])
+        assert np.abs((bent.astype(float) - 20 > 100) != mask)[inside].mean() < 0.01
+    moved = np.stack(moved)
+    assert np.std(moved) == pytest.approx(3.0, rel=0.25)
+    apart = moved[:, 12:] - moved[:, :-12]
+    # Noise smoothed with a Gaussian has the autocorrelation exp(-d^2 / (4 sd^2)).
+    assert np.std(apart) == pytest.approx(3.0 * np.sqrt(2 * (1 - np.exp(-1 / 4))), rel=0.25)
+
+
+@pytest.mark.parametrize("bad", [{"displacement": 0}, {"smoothness": 101}, {"displacement": float("nan")}])
+def test_elastic_lengths_out_of_range(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} is .* must lie in"):
+        elastic_augmentation(**bad)
 
 
 def test_quarter_turns_of_a_patch_that_is_not_square():

@@ -29,11 +29,11 @@ from mitoseg_lib.training.evaluation import evaluate
 from mitoseg_lib.training.history import Epoch, History
 from mitoseg_lib.training.optimizer import (
     adam,
-    autocast_dtype,
     averaged,
     learning_rate_schedule,
     like_parameters,
 )
+from mitoseg_lib.training.precision import autocast_dtype, depthwise_convolutions
 from mitoseg_lib.training.settings import TrainingSettings
 
 
@@ -141,7 +141,10 @@ class Training:
         size = math.ceil(len(images) / self.parts)
         losses, all_logits = [], []
         for image, mask in zip(images.split(size), masks.split(size), strict=True):
-            with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with (
+                torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32),
+                depthwise_convolutions(images.device, self.dtype),
+            ):
                 logits = self.wrapped(image)
                 loss = self.settings.loss(logits, mask) * (len(image) / len(images))
             self.scaler.scale(loss).backward()

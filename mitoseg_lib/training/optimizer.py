@@ -1,11 +1,10 @@
-"""What takes a step: Adam, the schedule of its rate, the precision of its gradients, and the average of weights."""
+"""What takes a step: Adam, the schedule of its rate, and the average of weights."""
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mitoseg_lib.inference import is_bf16_native
 from mitoseg_lib.training.settings import TrainingSettings
 
 
@@ -53,12 +52,3 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, settings: TrainingS
     if settings.schedule == "constant":
         return ConstantLR(optimizer, factor=1.0, total_iters=0)
     return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=n_steps)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of convolutions; float32 means no mixed precision."""
-    if precision == "auto":
-        precision = "fp32"
-        if device.type == "cuda":
-            precision = "bf16" if is_bf16_native(device) else "fp16"  # a T4 has fp16 only
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
