@@ -50,7 +50,7 @@ class WeightsMetadata:
     encoder
         Its name for `mitoseg_lib.models.encoder_unet`, or "unet" for `mitoseg_lib.models.UNet`.
     options
-        Of a `UNet`: its keyword arguments. Empty for the others.
+        Keyword arguments of the `UNet`, or of `encoder_unet` (``neighbours``, if it is true).
     mean, sd
         By which the network itself normalises its input, grey levels in [0, 1]; 0 and 1 for a `UNet`.
     voxel_size_nm
@@ -173,7 +173,7 @@ def _describe(
     """Metadata of a model; WeightsError for one that couldn't be made again from them."""
     if isinstance(model, EncoderUNet) and encoder is not None:
         mean, sd = (tuple(values.flatten().tolist()) for values in (model.mean, model.sd))
-        options = {}
+        options = {"neighbours": True} if model.n_slices > 1 else {}
     elif isinstance(model, UNet) and model.ndim == 2 and encoder is None:
         encoder, options, mean, sd = "unet", _unet_options(model), (0.0,), (1.0,)
     else:
@@ -280,7 +280,7 @@ def _checked_model(metadata: WeightsMetadata, tensors: dict[str, Tensor], name: 
         if metadata.encoder == "unet":
             model = UNet(2, **metadata.options)
         else:
-            model = encoder_unet(metadata.encoder, weights=None, frozen=False)
+            model = encoder_unet(metadata.encoder, weights=None, frozen=False, **metadata.options)
             shape = model.mean.shape
             model.mean.copy_(torch.tensor(metadata.mean).reshape(shape))
             model.sd.copy_(torch.tensor(metadata.sd).reshape(shape))

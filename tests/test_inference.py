@@ -426,6 +426,42 @@ def test_the_median_needs_a_stack():
         median_filter_z(np.zeros((3, 2), bool), 3)
 
 
+# --- a slice and its neighbours
+
+
+class AboveMinusBelow(nn.Module):
+    """Takes three slices as channels, and answers with a difference of the outer two, so that their order counts."""
+
+    ndim, n_slices, size_multiple = 2, 3, 8
+
+    def forward(self, grey):
+        assert grey.shape[1] == 3
+        return (2 * grey[:, 2:] - grey[:, :1] + grey[:, 1:2]) * 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_each_slice_comes_with_its_neighbours_and_ends_are_reflected(depth, batch_size, window):
+    image = np.random.default_rng(0).integers(0, 256, (depth, 13, 21), dtype=np.uint8)
+    options = {"precision": "fp32", "batch_size": batch_size, "window": window}
+    found = predict_stack(AboveMinusBelow(), image, **options)
+    around = np.pad(image.astype(np.float64) / 255, ((1, 1), (0, 0), (0, 0)), mode="reflect" if depth > 1 else "edge")
+    logits = 2 * (2 * around[2:] - around[:-2] + around[1:-1])
+    assert np.allclose(found, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+def test_a_network_with_neighbours_looks_at_them():
+    torch.manual_seed(0)
+    model = encoder_unet("efficientnet_lite0", weights="imagenet", frozen=False, neighbours=True)
+    image = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    changed = image.copy()
+    changed[3] = 0
+    before, after = (predict_stack(model, one, precision="fp32") for one in (image, changed))
+    differs = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert differs == [False, False, True, True, True]
+
+
 # --- eight ways to lay down a slice
 
 

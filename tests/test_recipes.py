@@ -73,7 +73,7 @@ def test_a_recipe_can_be_made(name, models, monkeypatch, tmp_path):
     image, mask = patches[0]
     side = recipe.patch_size
     sides = (side, side) if isinstance(side, int) else side
-    assert image.shape == mask.shape == (1, *sides)
+    assert image.shape == (3 if recipe.neighbours else 1, *sides) and mask.shape == (1, *sides)
     assert len(patches) == recipe.steps * recipe.batch_size
     loss = recipe.settings(0).loss(torch.zeros(1, *mask.shape), mask[None])
     assert loss.shape == () and loss.isfinite()
@@ -146,3 +146,18 @@ def test_fixed_patches_are_the_same_few_in_each_epoch():
     assert len(first.unique(dim=0)) == 3 and torch.equal(first[:3], first[3:6])
     fresh, later = epochs_of(QUICKEST.patches(coded_stack(), 0))
     assert len(torch.cat([fresh, later]).unique(dim=0)) == 16
+
+
+def test_a_network_with_neighbours_is_shown_three_slices_and_the_mask_of_the_middle_one():
+    recipe = dataclasses.replace(RECIPES["ladder-neighbours"], patch_size=32, steps=3)
+    stack = coded_stack()
+    stack.image[:] = np.arange(len(stack.image), dtype=np.uint8)[:, None, None]
+    stack.labels[:] = (np.arange(len(stack.image)) % 2 == 0)[:, None, None]
+    patches = recipe.patches(stack, 0)
+    for image, mask in patches:
+        below, middle, above = (image * 255).round()[:, 0, 0].int().tolist()
+        assert (middle - below, above - middle) == (1, 1)
+        assert mask.shape == (1, 32, 32) and bool(mask[0, 0, 0]) == (middle % 2 == 0)
+    before = torch.stack([image for image, _ in patches])
+    patches.set_epoch(1)
+    assert not torch.equal(before, torch.stack([image for image, _ in patches]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -24,9 +25,10 @@ from mitoseg_lib.losses import DiceBCELoss
 from mitoseg_lib.metrics import scores
 from mitoseg_lib.models import count_parameters
 from mitoseg_lib.recipes import FOLDS, RECIPES
-from mitoseg_lib.recording import record
+from mitoseg_lib.recording import record, weights_path
 from mitoseg_lib.runs import RecordedRun, read_masks, read_run
 from mitoseg_lib.training import mean_slice_loss
+from mitoseg_lib.weights import load_weights
 
 QUICKEST = RECIPES["check"]
 SCRIPT = Path(__file__).with_name("small_recording.py")
@@ -115,9 +117,22 @@ def test_masks_are_drawn_at_the_threshold_that_was_chosen(tmp_path, small_stacks
     assert mask.shape == SHAPE[1:] and 0.2 < mask.mean() < 0.8
 
 
+def test_its_weights_are_kept_with_the_threshold_and_the_grey_levels(recorded):
+    run, folder, model = recorded
+    found, described = load_weights(weights_path("check", 0, folder))
+    train = load_example("train")
+    levels = np.sort(train.image[:41].ravel())
+    expected = tuple(float(levels[math.ceil(share * levels.size) - 1]) for share in (0.001, 0.999))
+    assert (described.threshold, described.grey_range) == (run.threshold, expected)
+    image = load_example("test").image[:2]
+    before, after = (predict_stack(one, image, precision="fp32") for one in (model, found))
+    assert 0 < np.abs(before - after).max() < 0.01  # 16 bits
+
+
 def test_nothing_unfinished_is_left(recorded):
     _, folder, _ = recorded
-    assert {str(path) for path in files(folder)} == {"check-seed0.json", "check-seed0-masks.npz"}
+    weights = {f"weights/check-seed0.safetensors{suffix}" for suffix in ("", ".sha256")}
+    assert {str(path) for path in files(folder)} == {"check-seed0.json", "check-seed0-masks.npz"} | weights
     assert list((folder / "unfinished").iterdir()) == []
 
 
@@ -339,7 +354,7 @@ FOLD_NAMES = [f"check-fold-{k}" for k in range(1, 5)]
 def on_folds(tmp_path, small_stacks, monkeypatch):
     """A folder with the runs of four folds, and recipes for them and for the run on all slices."""
     for name, split in zip(FOLD_NAMES, FOLDS, strict=True):
-        monkeypatch.setitem(RECIPES, name, wanting(split=split, tested=False))
+        monkeypatch.setitem(RECIPES, name, wanting(split=split, tested=False, compare_turned=True))
     monkeypatch.setitem(RECIPES, "check", wanting(split="all", chosen_on="check"))
     return tmp_path
 
@@ -350,6 +365,13 @@ def test_a_fold_writes_down_what_each_choice_scores(on_folds):
     assert found[Choice()].iou == run.validation["iou"] and run.test is None
     assert {choice.turned for choice in found} == {False, True} and len(found) == 190
     assert sum(dataclasses.astuple(found[Choice()])) == 10 * SHAPE[1] * SHAPE[2]  # one block of four
+
+
+def test_a_fold_tries_turns_on_request_only(on_folds, monkeypatch):
+    monkeypatch.setitem(RECIPES, "check-fold-2", dataclasses.replace(RECIPES["check-fold-2"], compare_turned=False))
+    record("check-fold-2", 0, data="phantom", folder=on_folds)
+    found = read_choices("check-fold-2", 0, on_folds)
+    assert {choice.turned for choice in found} == {False} and len(found) == 95
 
 
 def test_the_run_on_all_slices_takes_the_choice_that_is_best_on_all_folds(on_folds, monkeypatch):

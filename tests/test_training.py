@@ -36,6 +36,7 @@ from mitoseg_lib.training import (
     mean_slice_loss,
 )
 from mitoseg_lib.training.loop import Training
+from mitoseg_lib.training.precision import DepthwiseInFloat32, depthwise_convolutions
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 
@@ -297,6 +298,43 @@ def test_mixed_precision_on_request_only():
     seen.clear()
     train(model=Watched(1, 1, 1), epochs=1, precision="fp16")
     assert seen == {(True, torch.float16), (False, torch.float32)}
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_depthwise_convolutions_are_computed_in_float32_and_others_are_not(channels_first):
+    torch.manual_seed(0)
+    wide, deep = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+    grouped, multiplied = nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 16, 3, groups=8)
+    image = torch.rand(2, 8, 9, 9)
+    image = image if channels_first else image.to(memory_format=torch.channels_last)
+    half = image.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = [conv(half) for conv in (wide, deep, grouped, multiplied)]
+        with depthwise_convolutions(torch.device("cpu"), torch.bfloat16):
+            found = [conv(half) for conv in (wide, deep, grouped, multiplied)]
+    assert [answer.dtype for answer in found] == [torch.bfloat16] * 4
+    exact = deep(half.float())
+    assert torch.equal(found[1], exact.bfloat16()) and not torch.equal(found[1], plain[1])
+    for number in (0, 2, 3):
+        assert torch.equal(found[number], plain[number])
+
+
+def test_the_gradients_of_a_depthwise_convolution_are_those_in_float32():
+    torch.manual_seed(0)
+    conv, image = nn.Conv2d(8, 8, 5, padding=2, groups=8), torch.rand(2, 8, 12, 12)
+    conv(image).square().mean().backward()
+    expected = conv.weight.grad.clone()
+    conv.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16), depthwise_convolutions(torch.device("cpu"), torch.bfloat16):
+        answer = conv(image)
+    answer.square().mean().backward()
+    assert conv.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(conv.weight.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_only_bf16_on_a_cpu_needs_that():
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float16)):
+        assert not isinstance(depthwise_convolutions(torch.device(device), dtype), DepthwiseInFloat32)
 
 
 def test_the_callers_random_states_are_left_alone():

@@ -51,6 +51,14 @@ def test_a_unet_comes_back_with_nearly_the_same_probabilities(tmp_path, options)
     assert 0 < np.abs(before - after).mean() < 0.02 * before.std()
 
 
+def test_a_network_with_neighbours_comes_back_as_one(tmp_path):
+    model = encoder_unet("efficientnet_lite0", weights=None, frozen=False, neighbours=True)
+    path = saved(tmp_path, model, encoder="efficientnet_lite0")
+    found, metadata = load_weights(path)
+    assert metadata.options == {"neighbours": True} and found.n_slices == 3
+    assert found(torch.rand(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+
+
 def test_an_encoder_comes_back_and_its_file_is_small(tmp_path, lite0):
     path = saved(tmp_path, lite0, encoder="efficientnet_lite0", grey_range=(30, 220))
     assert path.stat().st_size < 12e6
