@@ -16,7 +16,7 @@ from monai.inferers import sliding_window_inference
 from torch import nn
 
 from mitoseg_lib import phantom
-from mitoseg_lib.datasets import load_epfl, load_example
+from mitoseg_lib.datasets import fetch_epfl, load_epfl, load_example
 from mitoseg_lib.inference import is_bf16_native, predict_stack
 from mitoseg_lib.interruptions import StopRequest
 from mitoseg_lib.metrics import iou
@@ -25,6 +25,7 @@ from mitoseg_lib.patches import PatchDataset, train_augmentation
 from mitoseg_lib.stacks import Stack, load_stack
 from mitoseg_lib.training import TrainingSettings, fit
 from mitoseg_lib.training.loop import Training
+from mitoseg_lib.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,6 +136,53 @@ def bench_masks(train: Stack, test: Stack) -> None:
         row(f"IoU of whole slices, {precision}, less that of windows", f"{whole - windows:+.4f} of {windows:.3f}", "")
 
 
+def whole_stack(folder: Path) -> Path:
+    """A TIFF of 165 slices of 768 x 1024: EPFL's test stack where it is, else tiled phantoms."""
+    if os.environ.get("MITOSEG_DATA"):
+        return fetch_epfl() / "testing.tif"
+    tiled = np.tile(load_example("test").image, (3, 2, 3))[:165, :768, :1024]
+    tifffile.imwrite(folder / "tiled.tif", tiled, compression="zlib")
+    return folder / "tiled.tif"
+
+
+def command(*arguments: str | Path) -> tuple[float, float]:
+    """Seconds and GB of memory that the command `mitoseg` takes, start and end included."""
+    code = (
+        "import resource; from mitoseg_lib.cli import app; app(standalone_mode=False); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], check=True, capture_output=True, text=True
+    )
+    return time.perf_counter() - started, int(done.stdout.split()[-1]) / 1e6
+
+
+def bench_command(folder: Path) -> None:
+    """`mitoseg predict` on a whole stack, end to end, against MONAI's windows in float32."""
+    stack = whole_stack(folder)
+    image = load_stack(stack).image
+    some = image[:: len(image) // 4][:4]
+    torch.manual_seed(0)
+    models = {
+        "ResNet34-UNet": ("resnet34", encoder_unet("resnet34", weights=None, frozen=False)),
+        "Lite0-UNet": ("efficientnet_lite0", encoder_unet("efficientnet_lite0", frozen=False)),
+    }
+    windows = {}
+    for name, (encoder, model) in models.items():
+        windows[name] = seconds(lambda model=model: in_windows(model, some), 2) / len(some) * len(image)
+        weights = folder / f"{encoder}.safetensors"
+        save_weights(model, weights, threshold=0.5, encoder=encoder)
+        took, gigabytes = command("predict", stack, folder / f"{encoder}.tif", "--weights", weights)
+        row(f"MONAI's windows, {name}, {len(image)} slices (from {len(some)})", f"{windows[name]:.0f} s", "")
+        row(f"mitoseg predict, {name}, the same, end to end", f"{took:.0f} s", "")
+        row("    times as fast as MONAI's windows", f"{windows[name] / took:.1f}", "at least 2.5")
+        if name != "ResNet34-UNet":
+            ratio = windows["ResNet34-UNet"] / took
+            row("    times as fast as ResNet34-UNet in MONAI's windows", f"{ratio:.1f}", "at least 10")
+        row("    peak memory", f"{gigabytes:.2f} GB", "under 2.5 GB")
+
+
 def bench_training() -> None:
     """Steps a second, and how much of the time the loop waits for patches."""
     stack = load_example("train")
@@ -185,6 +233,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "patches": bench_patches,
     "training": bench_training,
     "predict": bench_predict,
+    "command": in_a_folder(bench_command),
     "phantoms": in_a_folder(bench_phantoms),
     "book": bench_book,
 }
