@@ -60,6 +60,7 @@ MODULE_ORDER = [
     "choices",
     "mistakes",
     "recipes",
+    "ladder",
     "recording",
     "cli",
 ]
