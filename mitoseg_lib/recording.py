@@ -1,5 +1,6 @@
 """How a recorded run is made: train by a recipe, measure, and write ``results/NAME-seedS.json``."""
 
+import math
 import platform
 import shutil
 import time
@@ -170,7 +171,7 @@ def _train(recipe: Recipe, seed: int, train: Stack, validation: Stack, place: _P
     patches, model = recipe.patches(train, seed), recipe.build(seed)
     if recipe.calibrated:
         calibrate_encoder(model, _image_batches(patches, recipe.batch_size))
-    watched = validation.slices(range(0, len(validation.image), recipe.validation_step))
+    watched = _watched(validation, model, recipe.validation_step)
     settings = recipe.settings(seed)
     history = fit(
         model, patches, validation=watched, settings=settings, checkpoints=place.unfinished, progress=place.progress
@@ -186,10 +187,21 @@ def _first_choice(recipe: Recipe, folder: Path) -> Choice:
     return best_choice(pooled(folds))
 
 
+def _sees_neighbours(model: nn.Module) -> bool:
+    """Tell whether a model's answer about a slice depends on the slices around it, which must then be there."""
+    return getattr(model, "ndim", 2) == 3 or getattr(model, "n_slices", 1) > 1
+
+
+def _watched(validation: Stack, model: nn.Module, step: int) -> Stack:
+    """Return the slices that are looked at after each epoch: every so many, or as many neighbours."""
+    n = len(validation.image)
+    return validation.slices(range(math.ceil(n / step)) if _sees_neighbours(model) else range(0, n, step))
+
+
 def _some_slices(train: Stack, model: nn.Module) -> Stack:
-    """Return some slices for the training's score: evenly spread, but neighbours for a 3D model, which needs them."""
+    """Return some slices for the training's score: evenly spread, or neighbours for a model that needs them."""
     middle = (len(train.image) - TRAIN_SLICES) // 2
-    if getattr(model, "ndim", 2) == 3 and middle > 0:
+    if _sees_neighbours(model) and middle > 0:
         return train.slices(slice(middle, middle + TRAIN_SLICES))
     return train.slices(spread_slices(range(len(train.image)), TRAIN_SLICES))
 

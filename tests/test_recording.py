@@ -394,3 +394,21 @@ def test_without_its_folds_nothing_is_trained(on_folds, monkeypatch):
     no_training(monkeypatch)
     with pytest.raises(ValueError, match="mitoseg run check-fold-1"):
         record("check", 0, data="phantom", folder=on_folds)
+
+
+def test_a_network_that_sees_neighbours_is_given_them_wherever_it_is_measured(monkeypatch, tmp_path, small_stacks):
+    changes = {"encoder": "efficientnet_lite0", "neighbours": True, "patch_size": 32, "validation_step": 3}
+    recipe = wanting(**changes, epochs=1, steps=1, tested=False)
+    seen = arguments_of_fit(monkeypatch, recipe, tmp_path)
+    assert slice_numbers(seen["validation"].image) == [34, 35]  # of 34 to 39
+    measured = []
+    predict = recording.predict_stack
+    monkeypatch.undo()
+    monkeypatch.setattr(recording, "_load", coded_stack)
+    monkeypatch.setitem(RECIPES, "check", recipe)
+    monkeypatch.setattr(
+        recording, "predict_stack", lambda model, image, **k: (measured.append(image), predict(model, image, **k))[1]
+    )
+    record("check", 0, data="phantom", folder=tmp_path)
+    for image in measured:
+        assert set(np.diff(slice_numbers(image))) == {1}
