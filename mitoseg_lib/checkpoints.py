@@ -100,7 +100,7 @@ class CheckpointFolder:
             raise CheckpointError(
                 f"{self.folder} holds no best-*.safetensors, but those of one epoch or more were expected; train first."
             )
-        load_weights(model, self._path("best", places[-1]))
+        _fill(model, self._path("best", places[-1]))
         return places[-1][0]
 
     def remove_after(self, place: Place) -> None:
@@ -133,15 +133,8 @@ class CheckpointFolder:
         hash_path(path).unlink(missing_ok=True)
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load the weights of a checkpoint, best or last, into a model.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is damaged, or the weights are another model's.
-    """
-    path = Path(path)
+def _fill(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint's weights into a model; CheckpointError if it is damaged, or they are another model's."""
     weights = read_state(path)["model"]
     try:
         model.load_state_dict(weights)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mitoseg_lib.checkpoints import CheckpointError, CheckpointFolder, load_weights, read_state, write_state
+from mitoseg_lib.checkpoints import CheckpointError, CheckpointFolder, read_state, write_state
 
 
 def state_of(number):
@@ -253,7 +253,7 @@ def test_no_best_weights_is_an_error(tmp_path):
 def test_weights_of_another_model_are_refused(tmp_path):
     CheckpointFolder(tmp_path).save_best(nn.Linear(2, 1), (1, 0))
     with pytest.raises(CheckpointError, match="don't fit this Linear"):
-        load_weights(nn.Linear(3, 1), tmp_path / "best-0001-000000.safetensors")
+        CheckpointFolder(tmp_path).load_best(nn.Linear(3, 1))
 
 
 def killed_at_system_call(number, work):

@@ -15,7 +15,7 @@ import os
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mitoseg_lib.checkpoints import CheckpointError, CheckpointFolder, load_weights
+from mitoseg_lib.checkpoints import CheckpointError, CheckpointFolder
 from mitoseg_lib.interruptions import deferred_signals, own_random_states
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training.evaluation import evaluate, mean_slice_loss
@@ -33,7 +33,6 @@ __all__ = [
     "TrainingSettings",
     "evaluate",
     "fit",
-    "load_weights",
     "mean_slice_loss",
 ]
 
