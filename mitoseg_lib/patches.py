@@ -310,6 +310,50 @@ def elastic_augmentation(*, displacement: float = 3.0, smoothness: float = 12.0)
     return TrainAugmentation([bend], square_only=False)
 
 
+def slice_drift(*, offset: float = 4.0, gain: float = 0.05) -> Augmentation:
+    """Make an augmentation after which each slice has a brightness and a contrast of its own.
+
+    A microscope's beam and detector drift from slice to slice. A network that sees neighbouring slices can come to
+    rely on equal grey levels, where it was trained on a stack whose drift was taken out.
+
+    Parameters
+    ----------
+    offset : float
+        Sd of the number that is added to a slice, in grey levels (of 255), 0 or more.
+    gain : float
+        Sd of the factor about 1 with which a slice's distance from grey level 128 is multiplied, 0 or more.
+
+    Returns
+    -------
+    callable
+        Takes an image, uint8 (z, y, x) or (y, x), its mask, and a ``Generator``; the mask stays as it is.
+
+    Raises
+    ------
+    ValueError
+        When a strength is out of range.
+    """
+    _check_range("offset", offset, 255)
+    _check_range("gain", gain, 1)
+    return _SliceDrift(offset, gain)
+
+
+@dataclass(frozen=True)
+class _SliceDrift:
+    """What `slice_drift` returns."""
+
+    offset: float
+    gain: float
+
+    def __call__(self, image: Image, mask: Mask, rng: np.random.Generator) -> tuple[Image, Mask]:
+        """Return a new image, and the mask."""
+        _check_pair(image, mask)
+        shape = (*image.shape[:-2], 1, 1)
+        factor, added = rng.normal(1, self.gain, shape), rng.normal(0, self.offset, shape)
+        drifted = (image.astype(np.float32) - 128) * factor + (128 + added)
+        return drifted.round().clip(0, 255).astype(np.uint8), mask
+
+
 def in_turn(*augmentations: Augmentation) -> Augmentation:
     """Return the augmentation that applies several, one after the other."""
     return _InTurn(augmentations)

@@ -90,6 +90,11 @@ class Segmenter:
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"The threshold is {threshold}, but a probability from 0 to 1 was expected; correct it.")
         model, metadata = load_weights(weights)
+        if getattr(model, "ndim", 2) == 3:
+            raise ValueError(
+                f"{weights} holds a 3D network, but one for slices was expected; call "
+                "mitoseg_lib.inference.predict_stack with it, or use another file."
+            )
         threshold = metadata.threshold if threshold is None else threshold
         return cls(model.to(chosen), metadata.voxel_size_nm, threshold, metadata.grey_range, tta)
 

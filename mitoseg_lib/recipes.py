@@ -3,9 +3,10 @@
 A recipe is data: its settings, most of them those of `Recipe`'s defaults, so that a line below says what a row of a
 table differs in, and nothing else. `mitoseg_lib.recording` makes the run.
 
-There are two sizes. Recipes whose name ends in "-gpu" are meant for a GPU of 14 GB or more. All others were made for
-two cores: crops of 160, hundreds of steps and not ten thousands, convolutions in bfloat16. They show which of two
-settings is better under the same small budget; they don't show how good either can become.
+There are two sizes. Recipes whose name ends in "-gpu", and those of the ladder's last rungs, are meant for a GPU of
+14 GB or more. All others were made for two cores: crops of 160, hundreds of steps and not ten thousands, convolutions
+in bfloat16. They show which of two settings is better under the same small budget; they don't show how good either can
+become.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,14 @@ from torch.utils.data import Dataset
 from mitoseg_lib import mistakes
 from mitoseg_lib.losses import DiceBCELoss, DiceLoss
 from mitoseg_lib.models import UNet, encoder_unet
-from mitoseg_lib.patches import PatchDataset, elastic_augmentation, in_turn, train_augmentation, turn_block
+from mitoseg_lib.patches import (
+    PatchDataset,
+    elastic_augmentation,
+    in_turn,
+    slice_drift,
+    train_augmentation,
+    turn_block,
+)
 from mitoseg_lib.splits import Split, block_split, cross_validation_folds, random_split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import TrainingSettings
@@ -47,6 +55,10 @@ AUGMENTATIONS: dict[str, Callable[[], Any]] = {
         brightness_contrast=0.2, scale=0.25, blur=1.0
     ),
     "flips, quarter turns, elastic": lambda: in_turn(train_augmentation(), elastic_augmentation()),
+    "flips, quarter turns, contrast, scale, blur, noise, drift": lambda: in_turn(
+        train_augmentation(brightness_contrast=0.2, scale=0.25, blur=1.0, noise=10), slice_drift()
+    ),
+    "turns of blocks, drift": lambda: in_turn(turn_block, slice_drift(offset=8)),
 }
 MISTAKES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "input 0 to 255": lambda model: mistakes.ScaledInput(model, training=255, evaluation=255),
@@ -341,6 +353,25 @@ def _ladder() -> dict[str, Recipe]:
         "neighbours": replace(finetuned, shows="and neighbouring slices as channels", neighbours=True),
         "elastic": replace(finetuned, shows="and elastic bending", augmentation="flips, quarter turns, elastic"),
         "contrast": replace(finetuned, shows="and contrast", augmentation="flips, quarter turns, contrast"),
+    }
+    together = replace(
+        finetuned, shows="and all that helped", neighbours=True, encoder_rate=0.3, patch_size=256, steps=12
+    )
+    longer = replace(
+        together, shows="and longer, with averaged weights", epochs=10, steps=300, batch_size=16, averaging=0.998,
+        precision="auto", validation_step=4, compare_turned=True,
+    )  # fmt: skip
+    everything = "flips, quarter turns, contrast, scale, blur, noise, drift"
+    volume = Recipe(
+        "a 3D network, as long", {"ndim": 3, "width": 16, "depth": 4, "residual": True}, patch_size=(32, 128, 128),
+        batch_size=4, epochs=10, steps=150, averaging=0.998, precision="auto", validation_step=4,
+        augmentation="turns of blocks, drift",
+    )  # fmt: skip
+    rungs |= {
+        "together": together,
+        "longer": longer,
+        "sturdy": replace(longer, shows="and longer, with strong augmentation", augmentation=everything),
+        "volume": volume,
     }
     recipes = {}
     for name, rung in rungs.items():

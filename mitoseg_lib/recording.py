@@ -45,7 +45,7 @@ def record(
     """Make a run, write its file, and return it; a run that is recorded already is read instead.
 
     An interrupted run goes on from its last checkpoint, in ``folder/unfinished/``, when it is asked for again. The
-    trained weights of a network for slices are kept in ``folder/weights/``, as `mitoseg predict --weights` takes them.
+    trained weights are kept in ``folder/weights/``, as `mitoseg predict --weights` takes them.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def _make(recipe: Recipe, choice: Choice, seed: int, place: _Place) -> _Made:
         "test": None,
     }
     made = _Made(found)
-    if isinstance(model, EncoderUNet | UNet) and model.ndim == 2:
+    if isinstance(model, EncoderUNet | UNet):
         made.model, made.grey_range = model, grey_range(train.image)
     if recipe.split in FOLDS:
         made.choices = measure.choices(on_validation, validation)

@@ -89,7 +89,7 @@ def save_weights(
     Parameters
     ----------
     model
-        An `EncoderUNet`, or a `UNet` for slices.
+        An `EncoderUNet`, or a `UNet`.
     path
         Of the file; an existing one is replaced.
     threshold, voxel_size_nm, grey_range
@@ -174,12 +174,12 @@ def _describe(
     if isinstance(model, EncoderUNet) and encoder is not None:
         mean, sd = (tuple(values.flatten().tolist()) for values in (model.mean, model.sd))
         options = {"neighbours": True} if model.n_slices > 1 else {}
-    elif isinstance(model, UNet) and model.ndim == 2 and encoder is None:
+    elif isinstance(model, UNet) and encoder is None:
         encoder, options, mean, sd = "unet", _unet_options(model), (0.0,), (1.0,)
     else:
         raise WeightsError(
             f"{type(model).__name__} with encoder {encoder!r} was given, but an EncoderUNet with its encoder's name, or"
-            " a UNet for slices without one, was expected; correct it."
+            " a UNet without one, was expected; correct it."
         )
     numbers = WeightsMetadata(encoder, options, mean, sd, voxel_size_nm, threshold, grey_range, __version__)
     return _with_numbers_checked(asdict(numbers), "the model")
@@ -188,8 +188,8 @@ def _describe(
 def _unet_options(model: UNet) -> dict[str, Any]:
     """Keyword arguments that make a U-Net of this shape."""
     layer = model.first.layers[1]
-    kinds = {nn.BatchNorm2d: "batch", nn.GroupNorm: "group", nn.Identity: "none"}
-    return {
+    kinds = {nn.BatchNorm2d: "batch", nn.BatchNorm3d: "batch", nn.GroupNorm: "group", nn.Identity: "none"}
+    return ({"ndim": 3} if model.ndim == 3 else {}) | {
         "width": model.head.in_channels,
         "depth": len(model.down),
         "normalisation": kinds[type(layer)],
@@ -278,7 +278,7 @@ def _checked_model(metadata: WeightsMetadata, tensors: dict[str, Tensor], name: 
     """Make the network that the metadata describe, and fill it; WeightsError if the tensors are another's."""
     try:
         if metadata.encoder == "unet":
-            model = UNet(2, **metadata.options)
+            model = UNet(**metadata.options)
         else:
             model = encoder_unet(metadata.encoder, weights=None, frozen=False, **metadata.options)
             shape = model.mean.shape
