@@ -84,16 +84,16 @@ def record(
             )
         return run
     unfinished = folder / "unfinished" / f"{name}-seed{seed}-{described['name']}"
+    devices = _devices_so_far(unfinished / "devices.txt")
     with _stopwatch(unfinished / "seconds.txt") as seconds:
         made = _make(recipe, _first_choice(recipe, folder), seed, _Place(data, unfinished, progress))
-    threads = torch.get_num_threads()
     run = RecordedRun(
         name=name,
         seed=seed,
         command=f"mitoseg run {name} --seed {seed}" + (" --data phantom" if data == "phantom" else ""),
         library_version=metadata.version("mitoseg-lib"),
         date=datetime.now(UTC).date().isoformat(),
-        device=_device_name(threads),
+        device=", then ".join(devices),
         wall_seconds=round(seconds(), 1),
         data=described,
         **made.fields,
@@ -302,8 +302,18 @@ def _load(data: str, part: str) -> Stack:
     return load_example(part) if data == "phantom" else load_epfl({"train": "training", "test": "testing"}[part])
 
 
-def _device_name(threads: int) -> str:
-    """Return what a run was made on, without anything that names a machine."""
+def _devices_so_far(file: Path) -> list[str]:
+    """Return what all sessions of a run were made on, this one's device last, and remember it in a file."""
+    known = file.read_text().splitlines() if file.is_file() else []
+    devices = list(dict.fromkeys([*known, _device_name()]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(devices) + "\n")
+    return devices
+
+
+def _device_name() -> str:
+    """Return what a run is made on, without anything that names a machine."""
+    threads = torch.get_num_threads()
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"

@@ -184,7 +184,7 @@ def test_weights_of_another_network_are_refused(tmp_path, change):
 
 @pytest.mark.parametrize(
     ("model", "encoder"),
-    [(UNet(3, width=1, depth=1), None), (UNet(width=1, depth=1), "resnet34"), (torch.nn.Conv2d(1, 1, 1), None)],
+    [(UNet(3, width=1, depth=1), "resnet34"), (UNet(width=1, depth=1), "resnet34"), (torch.nn.Conv2d(1, 1, 1), None)],
 )
 def test_other_models_are_refused(tmp_path, model, encoder):
     with pytest.raises(WeightsError, match="was expected"):
