@@ -53,6 +53,7 @@ MODULE_ORDER = [
     "training.loop",
     "training",
     "instances",
+    "error_kinds",
     "evaluation",
     "volumes",
     "viewer",
