@@ -57,6 +57,7 @@ MODULE_ORDER = [
     "evaluation",
     "volumes",
     "viewer",
+    "figures",
     "runs",
     "choices",
     "mistakes",
