@@ -24,6 +24,8 @@ MODULE_ORDER = [
     "readers",
     "masks",
     "stacks",
+    "downloads",
+    "lucchi_plus",
     "datasets",
     "phantom.shapes",
     "phantom.scene",
