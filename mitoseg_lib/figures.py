@@ -18,16 +18,17 @@ from mitoseg_lib.viewer import CURVE_COLOURS, FIGURE_DPI, Voxel, show_slices
 
 __all__ = ["KIND_COLOURS", "draw_errors", "draw_reliability"]
 
-# Of Okabe and Ito's palette. The rims, which are everywhere, have the quietest; what stands side by side, such as
-# missed and invented, or merged and split, has colours that differ in lightness, too.
+# Those of Okabe and Ito's colours, with white, that differ most from each other and from grey tissue for all kinds of
+# colour vision, computed for them laid over grey (its green, say, looks like the tissue to one man in twenty).
 KIND_COLOURS = {
     "missed": "#D55E00",  # vermilion
     "invented": "#56B4E9",  # sky blue
-    "merged": "#CC79A7",  # reddish purple
-    "split": "#F0E442",  # yellow
-    "boundary": "#0072B2",  # blue
-    "region": "#009E73",  # bluish green
+    "merged": "#F0E442",  # yellow
+    "split": "#000000",
+    "boundary": "#FFFFFF",
+    "region": "#0072B2",  # blue
 }
+OPACITY = 0.8  # so that a little of the tissue shows through
 # Blue and vermilion first, which differ most; the marker tells curves apart that lie on each other.
 RELIABILITY_LOOKS = tuple(zip(CURVE_COLOURS[5::-1], "osD^vP", strict=True))
 
@@ -70,8 +71,8 @@ def draw_errors(
     names, handles = [], []
     for code, name in enumerate(KINDS, start=1):
         here, colour = kind == code, np.array(to_rgb(KIND_COLOURS[name]))
-        picture[here] = 0.25 * picture[here] + 0.75 * colour
-        handles.append(Rectangle((0, 0), 1, 1, color=KIND_COLOURS[name]))
+        picture[here] = (1 - OPACITY) * picture[here] + OPACITY * colour
+        handles.append(Rectangle((0, 0), 1, 1, facecolor=KIND_COLOURS[name], edgecolor="black", linewidth=0.8))
         names.append(f"{name} ({np.count_nonzero(here):,})")
     fig = show_slices([picture], voxel_size_nm=voxel_size_nm)
     height, width = image.shape[1:]
