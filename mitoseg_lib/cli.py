@@ -20,6 +20,7 @@ class Dataset(StrEnum):
     """What can be fetched."""
 
     EPFL = "epfl"
+    LUCCHI_PLUS = "lucchi++"
 
 
 class Data(StrEnum):
@@ -46,17 +47,21 @@ def main() -> None:
 def fetch(dataset: Annotated[Dataset, typer.Argument(help="Which data set.")]) -> None:
     """Download a data set once, check it, and say where it lies.
 
-    Example: mitoseg fetch epfl
+    lucchi++ are other labels of the EPFL stacks, drawn anew by Casser et al. (2020).
+
+    Examples: mitoseg fetch epfl
+    mitoseg fetch lucchi++
     """
-    from mitoseg_lib.datasets import fetch_epfl
+    from mitoseg_lib.datasets import fetch_epfl, fetch_lucchi_plus
     from mitoseg_lib.stacks import StackError
 
     try:
-        folder = fetch_epfl()
+        place = fetch_epfl() if dataset is Dataset.EPFL else fetch_lucchi_plus()
     except (StackError, OSError) as error:
         typer.echo(f"mitoseg: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"The {dataset.value} stacks are in {folder}")
+    what = "stacks" if dataset is Dataset.EPFL else "labels"
+    typer.echo(f"The {dataset.value} {what} are in {place}")
 
 
 @app.command()

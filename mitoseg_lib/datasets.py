@@ -2,19 +2,19 @@
 
 The EPFL stacks (CA1 hippocampus, FIB-SEM, 5 nm; G. Knott and M. Cantoni, EPFL; benchmark of Lucchi et al.,
 2013) are read from the folder that the environment variable ``MITOSEG_DATA`` names, else from the cache that
-`fetch_epfl` fills.
+`fetch_epfl` fills. Lucchi++ are other labels of the same stacks.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from mitoseg_lib import lucchi_plus
+from mitoseg_lib.downloads import Wanted, cache_folder, downloading
 from mitoseg_lib.errors import StackError, named_errors
 from mitoseg_lib.stacks import Stack, file_sha256, load_stack, read_mask, verify_sha256
 from mitoseg_lib.tiff import read_volume
@@ -27,6 +27,24 @@ EPFL_BYTES = 129_919_357  # of each official file; their checksums were never pu
 EPFL_SHAPE = (165, 768, 1024)
 EPFL_VOXEL_NM = (5.0, 5.0, 5.0)  # the files themselves don't state it
 EXAMPLE_VOXEL_NM = (5.0, 5.0, 5.0)
+EPFL_WANTED = Wanted(
+    "the EPFL stacks",
+    "mitoseg fetch epfl",
+    "520 MB",
+    f"set MITOSEG_DATA to a folder that has {', '.join(EPFL_FILES)}",
+)
+
+LUCCHI_PLUS_URL = "http://www.casser.io/files/lucchi_pp.zip"  # without TLS, so the sha256 is all that vouches for it
+LUCCHI_PLUS_FILE = "lucchi_pp.zip"
+LUCCHI_PLUS_SHA256 = (
+    "770ce9e98fc6f29c1b1a250c637e6c5125f2b5f1260e5a7687b55a79e2e8844d"  # torch-em and micro-sam know it
+)
+LUCCHI_PLUS_WANTED = Wanted(
+    "the Lucchi++ labels",
+    "mitoseg fetch lucchi++",
+    "them",
+    f"set MITOSEG_DATA to a folder that has {LUCCHI_PLUS_FILE}, too",
+)
 
 
 def load_example(part: str) -> Stack:
@@ -78,7 +96,7 @@ def load_epfl(part: str) -> Stack:
     image, labels = f"{part}.tif", f"{part}_groundtruth.tif"
     folder = _given_folder()
     if folder is None:
-        folder = _cache_folder()
+        folder = cache_folder("epfl")
         if not all(_is_recorded(folder, name) for name in (image, labels)):
             fetch_epfl()
         for name in (image, labels):
@@ -118,13 +136,79 @@ def fetch_epfl(*, base_url: str | None = None) -> Path:
     given = _given_folder()
     if given is not None:
         return given
-    folder = _cache_folder()
+    folder = cache_folder("epfl")
     for name in EPFL_FILES:
         try:
             _verify_record(folder, name)
         except StackError:  # not there, or not what was recorded
             _download(base_url or EPFL_URL, name, folder)
     return folder
+
+
+def load_lucchi_plus(part: str) -> Stack:
+    """Load a stack of EPFL's with the labels that V. Casser et al. drew anew (Lucchi++, MIDL 2020).
+
+    Parameters
+    ----------
+    part
+        ``"training"`` or ``"testing"``.
+
+    Returns
+    -------
+    Stack
+        With the image of `load_epfl`, so that what was predicted there can be compared with both labels. What isn't
+        there yet is downloaded first (see `fetch_lucchi_plus`).
+
+    Raises
+    ------
+    StackError
+        If the files can't be had or have changed, or if the images that come with the labels show other tissue than
+        EPFL's.
+    """
+    _require_choice(part, ("training", "testing"))
+    path = fetch_lucchi_plus()
+    stack = load_epfl(part)
+    lucchi_plus.require_same_tissue(path, part, stack.image)
+    labels = lucchi_plus.read_labels(path, part, EPFL_SHAPE)
+    return replace(stack, labels=labels, name=f"{part}, Lucchi++")
+
+
+def fetch_lucchi_plus(*, url: str | None = None) -> Path:
+    """Download the zip of the re-annotated labels, unless it is there already.
+
+    It is downloaded beside its place, checked (sha256, then number, size and values of all labels), and only then
+    renamed. Its sha256 is compared on every later call, too. The zip couldn't be fetched when this was written, so
+    what is known of it, the sha256 and the names of the files in it, was taken from the code of others that reads
+    it (`mitoseg_lib.lucchi_plus` says whose).
+
+    Parameters
+    ----------
+    url
+        Address of the file; by default its author's. The sha256 must be the same.
+
+    Returns
+    -------
+    pathlib.Path
+        The zip: in the folder that ``MITOSEG_DATA`` names if it is there, else in the cache.
+
+    Raises
+    ------
+    StackError
+        If the download fails, breaks off or brings something else, the disk is full, or the zip in the folder that
+        ``MITOSEG_DATA`` names is another.
+    """
+    given = os.environ.get("MITOSEG_DATA")
+    if given and (path := Path(given) / LUCCHI_PLUS_FILE).is_file():
+        verify_sha256(path, LUCCHI_PLUS_SHA256)
+        return path
+    folder = cache_folder("lucchi++")
+    path = folder / LUCCHI_PLUS_FILE
+    if path.is_file() and file_sha256(path) == LUCCHI_PLUS_SHA256:
+        return path
+    with downloading(url or LUCCHI_PLUS_URL, LUCCHI_PLUS_FILE, folder, LUCCHI_PLUS_WANTED) as unfinished:
+        _check_lucchi_plus(unfinished)
+        os.replace(unfinished, path)
+    return path
 
 
 def describe_epfl() -> dict[str, object]:
@@ -182,12 +266,6 @@ def _given_folder() -> Path | None:
     return folder
 
 
-def _cache_folder() -> Path:
-    import pooch  # here, because it takes long to import and few calls need it
-
-    return Path(os.environ.get("MITOSEG_CACHE") or pooch.os_cache("mitoseg_lib")) / "epfl"
-
-
 def _record(folder: Path, name: str) -> Path:
     """File that holds the sha256 of an accepted file, in the format of the program sha256sum."""
     return folder / f"{name}.sha256"
@@ -211,35 +289,11 @@ def _verify_record(folder: Path, name: str) -> None:
 
 def _download(base_url: str, name: str, folder: Path) -> None:
     """Download one file beside its place, check it, record its sha256 and rename it to its place."""
-    import pooch
-    import requests
-
-    downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=2**20)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # On the same disk as its place, so that the last step is a rename, which can't be half done.
-        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as temporary:
-            path = Path(temporary) / name
-            downloader(base_url + name, str(path), None)
-            _check_epfl_file(path, EPFL_BYTES if base_url == EPFL_URL else None)
-            _record(path.parent, name).write_text(f"{file_sha256(path)}  {name}\n", encoding="ascii")
-            os.replace(_record(path.parent, name), _record(folder, name))
-            os.replace(path, folder / name)
-    except requests.HTTPError as error:
-        raise _failed(name, f"the server answered {error.response.status_code}", "look for it there") from None
-    except requests.RequestException:
-        raise _failed(name, "there is no connection, or it broke off", "run `mitoseg fetch epfl` online") from None
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "make room for 520 MB in the cache" if is_full else "set MITOSEG_CACHE to a folder of your own"
-        raise _failed(name, error.strerror or type(error).__name__, remedy) from None
-
-
-def _failed(name: str, reason: str, remedy: str) -> StackError:
-    return StackError(
-        f"{name} couldn't be downloaded ({reason}), but the EPFL stacks were asked for; {remedy}, or set MITOSEG_DATA"
-        f" to a folder that has {', '.join(EPFL_FILES)}."
-    )
+    with downloading(base_url + name, name, folder, EPFL_WANTED) as path:
+        _check_epfl_file(path, EPFL_BYTES if base_url == EPFL_URL else None)
+        _record(path.parent, name).write_text(f"{file_sha256(path)}  {name}\n", encoding="ascii")
+        os.replace(_record(path.parent, name), _record(folder, name))
+        os.replace(path, folder / name)
 
 
 def _check_epfl_file(path: Path, size: int | None) -> None:
@@ -259,3 +313,16 @@ def _check_epfl_file(path: Path, size: int | None) -> None:
 def _require_epfl_shape(shape: tuple[int, ...]) -> None:
     if shape != EPFL_SHAPE:
         raise StackError(f"has shape {shape}, but the EPFL stacks have {EPFL_SHAPE}; get the official files")
+
+
+def _check_lucchi_plus(path: Path) -> None:
+    """Raise StackError unless a download is the known zip, with all labels in it."""
+    found = file_sha256(path)
+    with named_errors(path):
+        if found != LUCCHI_PLUS_SHA256:
+            raise StackError(
+                f"has {path.stat().st_size:,} bytes and the sha256 {found[:12]}..., but {LUCCHI_PLUS_SHA256[:12]}..."
+                " was expected; look at its address what it is now"
+            )
+    for part in lucchi_plus.FOLDERS:
+        lucchi_plus.read_labels(path, part, EPFL_SHAPE)

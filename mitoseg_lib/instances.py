@@ -44,6 +44,23 @@ class Matches:
         return len(self.pairs) / self.n_true if self.n_true else 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Overlaps:
+    """How many voxels each pair of a predicted and a true number shares; pairs that share none aren't listed.
+
+    Attributes
+    ----------
+    predicted, true
+        Numbers of the pair, int64 (pair,); 0 is background, and no pair is background twice.
+    voxels
+        How many voxels have both numbers, int64 (pair,), all above 0.
+    """
+
+    predicted: NDArray[np.int64]
+    true: NDArray[np.int64]
+    voxels: NDArray[np.int64]
+
+
 def label_instances(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Number the objects of a mask: what is connected by faces, edges or corners is one.
 
@@ -87,6 +104,39 @@ def match_objects(prediction: NDArray[np.integer], truth: NDArray[np.integer]) -
     ValueError
         If the shapes differ or the numbers aren't of this kind.
     """
+    found = overlaps(prediction, truth)
+    predicted, true, overlap = found.predicted, found.true, found.voxels
+    sizes = [_sums(numbers, overlap) for numbers in (predicted, true)]
+    both = (predicted > 0) & (true > 0)
+    predicted, true, overlap = predicted[both], true[both], overlap[both]
+    union = sum(_look_up(*size, of) for size, of in zip(sizes, (predicted, true), strict=True)) - overlap
+    matched = 2 * overlap > union
+    pairs = np.stack([predicted, true], axis=1)[matched]
+    n_predicted, n_true = (int(np.count_nonzero(numbers)) for numbers, _ in sizes)
+    return Matches(pairs, overlap[matched] / union[matched], n_predicted, n_true)
+
+
+def overlaps(prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> Overlaps:
+    """Count the voxels that each pair of numbers shares, where at least one of them isn't background.
+
+    Slice by slice, so that no array is as large as the volumes.
+
+    Parameters
+    ----------
+    prediction, truth
+        Numbers of objects as for `match_objects`.
+
+    Returns
+    -------
+    Overlaps
+        Sorted by the predicted number, then by the true one. What an object shares with background is listed too,
+        so that the size of an object is the sum over its pairs.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or the numbers aren't of this kind.
+    """
     for labels, name in ((prediction, "prediction"), (truth, "truth")):
         _require_numbers(labels, name)
     if prediction.shape != truth.shape:
@@ -94,15 +144,17 @@ def match_objects(prediction: NDArray[np.integer], truth: NDArray[np.integer]) -
             f"The prediction has shape {prediction.shape} and the truth {truth.shape}, but they must be equal; compare"
             " the same slices."
         )
-    predicted, true, overlap = _overlaps(prediction, truth)
-    sizes = [_sums(numbers, overlap) for numbers in (predicted, true)]
-    both = (predicted > 0) & (true > 0)
-    predicted, true, overlap = predicted[both], true[both], overlap[both]
-    union = sum(_look_up(*size, of) for size, of in zip(sizes, (predicted, true), strict=True)) - overlap
-    matched = 2 * overlap > union
-    pairs = np.stack([predicted, true], axis=1)[matched].astype(np.int64)
-    n_predicted, n_true = (int(np.count_nonzero(numbers)) for numbers, _ in sizes)
-    return Matches(pairs, overlap[matched] / union[matched], n_predicted, n_true)
+    keys, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for predicted, true in zip(prediction, truth, strict=True):
+        some = (predicted != 0) | (true != 0)
+        key = (predicted[some].astype(np.uint64) << np.uint64(32)) | true[some].astype(np.uint64)
+        starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]][: len(key)])  # runs: less to sort than voxels
+        found, number = _sums(key[starts], np.diff(np.r_[starts, len(key)]))
+        keys.append(found)
+        counts.append(number)
+    key, number = _sums(np.concatenate(keys), np.concatenate(counts))
+    halves = key >> np.uint64(32), key & np.uint64(LARGEST_NUMBER)
+    return Overlaps(*(half.astype(np.int64) for half in halves), number)
 
 
 def _require_numbers(labels: NDArray, name: str) -> None:
@@ -119,26 +171,7 @@ def _require_numbers(labels: NDArray, name: str) -> None:
         )
 
 
-def _overlaps(
-    prediction: NDArray[np.integer], truth: NDArray[np.integer]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
-    """Every pair of numbers that some voxel has, and how many voxels; voxels that are background twice don't count.
-
-    Slice by slice, so that no array is as large as the volumes.
-    """
-    keys, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for predicted, true in zip(prediction, truth, strict=True):
-        some = (predicted != 0) | (true != 0)
-        key = (predicted[some].astype(np.uint64) << np.uint64(32)) | true[some].astype(np.uint64)
-        starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]][: len(key)])  # runs: less to sort than voxels
-        found, number = _sums(key[starts], np.diff(np.r_[starts, len(key)]))
-        keys.append(found)
-        counts.append(number)
-    key, number = _sums(np.concatenate(keys), np.concatenate(counts))
-    return key >> np.uint64(32), key & np.uint64(LARGEST_NUMBER), number
-
-
-def _sums(keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def _sums(keys: NDArray[np.integer], counts: NDArray[np.int64]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """Every key once, in order, with the sum of its counts."""
     found, where = np.unique(keys, return_inverse=True)
     total = np.zeros(len(found), np.int64)
@@ -146,6 +179,6 @@ def _sums(keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> tuple[NDArray[
     return found, total
 
 
-def _look_up(keys: NDArray[np.uint64], totals: NDArray[np.int64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
+def _look_up(keys: NDArray[np.int64], totals: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
     """Totals of some of the keys."""
     return totals[np.searchsorted(keys, wanted)]

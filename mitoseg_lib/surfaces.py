@@ -21,10 +21,8 @@ def boundary_iou(prediction: NDArray[np.bool_], truth: NDArray[np.bool_], width:
     band, on both sides of the truth's boundary, may be label noise; this is the IoU of the rest. It is *not* the
     "Boundary IoU" of Cheng et al. (CVPR 2021), which counts only what lies near boundaries.
 
-    Labels are drawn slice by slice, so distances are measured inside each slice: a voxel is left out if its slice
-    has a voxel of the other class at most `width` rows and at most `width` columns away (Chebyshev distance).
-    The edge of the image is no boundary. Counts are pooled over all slices; nothing divided by nothing is 1, as
-    in `mitoseg_lib.metrics`.
+    `boundary_band` says which voxels are left out. Counts are pooled over all slices; nothing divided by nothing is
+    1, as in `mitoseg_lib.metrics`.
 
     Parameters
     ----------
@@ -39,14 +37,44 @@ def boundary_iou(prediction: NDArray[np.bool_], truth: NDArray[np.bool_], width:
         If these aren't masks of the same shape, or the width is below 0.
     """
     _require_masks(prediction, truth)
-    if width < 0:
-        raise ValueError(f"The width of the band is {width}, but 0 or more voxels were expected; leave out the sign.")
+    _require_width(width)
     pooled = Scores(0, 0, 0, 0)
     for predicted, true in zip(prediction, truth, strict=True):
-        near_foreground, near_background = _grown(true, width), _grown(~true, width)
-        kept = near_foreground ^ near_background  # what is near both is near a boundary
+        kept = ~_band_of_slice(true, width)
         pooled += scores(predicted[kept], true[kept])
     return pooled.iou
+
+
+def boundary_band(truth: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+    """Return the voxels near a mask's boundaries, on both sides: what `boundary_iou` leaves out.
+
+    Labels are drawn slice by slice, so distances are measured inside each slice: a voxel is in the band if its slice
+    has a voxel of the other class at most `width` rows and at most `width` columns away (Chebyshev distance).
+    The edge of the image is no boundary.
+
+    Parameters
+    ----------
+    truth
+        Mask, bool (z, y, x).
+    width
+        Width of the band in voxels to each side of a boundary; with 0 it is empty.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool (z, y, x).
+
+    Raises
+    ------
+    ValueError
+        If this isn't a mask, or the width is below 0.
+    """
+    _require_mask(truth, "truth")
+    _require_width(width)
+    band = np.empty_like(truth)
+    for target, true in zip(band, truth, strict=True):
+        target[...] = _band_of_slice(true, width)
+    return band
 
 
 def surface_distance(
@@ -92,16 +120,32 @@ def surface_distance(
 def _require_masks(prediction: NDArray, truth: NDArray) -> None:
     """Raise ValueError unless both are bool (z, y, x) of the same shape."""
     for mask, name in ((prediction, "prediction"), (truth, "truth")):
-        if mask.dtype != np.bool_ or mask.ndim != 3:
-            raise ValueError(
-                f"The {name} is {mask.dtype} with {mask.ndim} axes, but a mask, bool (z, y, x), was expected; make it"
-                f" one first, for example with {name} > 0."
-            )
+        _require_mask(mask, name)
     if prediction.shape != truth.shape:
         raise ValueError(
             f"The prediction has shape {prediction.shape} and the truth {truth.shape}, but they must be equal; compare"
             " the same slices."
         )
+
+
+def _require_mask(mask: NDArray, name: str) -> None:
+    """Raise ValueError unless this is bool (z, y, x)."""
+    if mask.dtype != np.bool_ or mask.ndim != 3:
+        raise ValueError(
+            f"The {name} is {mask.dtype} with {mask.ndim} axes, but a mask, bool (z, y, x), was expected; make it"
+            f" one first, for example with {name} > 0."
+        )
+
+
+def _require_width(width: int) -> None:
+    """Raise ValueError unless a band can have this width."""
+    if width < 0:
+        raise ValueError(f"The width of the band is {width}, but 0 or more voxels were expected; leave out the sign.")
+
+
+def _band_of_slice(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+    """Pixels of a slice that are near both classes; every pixel is near its own."""
+    return _grown(mask, width) & _grown(~mask, width)
 
 
 def _grown(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

@@ -1,15 +1,14 @@
-import http.server
 import os
 import re
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from small_server import serving
 
 from mitoseg_lib import datasets
 from mitoseg_lib.datasets import (
@@ -36,50 +35,10 @@ def stand_ins(tmp_path_factory):
     return folder
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder; `trouble` maps a file's name to what goes wrong with it; `requests` lists what was
-    asked for."""
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.trouble, self.requests = folder, {}, []
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/data/%20Electron/"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        name = self.path.removeprefix("/data/%20Electron/")
-        self.server.requests.append(name)
-        trouble = self.server.trouble.get(name)
-        body = (self.server.folder / name).read_bytes()
-        if isinstance(trouble, int):
-            self.send_error(trouble)
-            return
-        self.send_response(200)
-        if trouble == "html":
-            body = b"<!DOCTYPE html>\n<html><body>Sign in to continue</body></html>"
-        if isinstance(trouble, bytes):
-            body = trouble
-        if trouble != "ends early, length unknown":
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if str(trouble).startswith("ends early") else body)
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def server(stand_ins):
-    with Server(stand_ins) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(stand_ins) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture

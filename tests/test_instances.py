@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage import measure
+from skimage.metrics import contingency_table
 
-from mitoseg_lib.instances import label_instances, match_objects
+from mitoseg_lib.instances import label_instances, match_objects, overlaps
 
 
 def mask_of(*places, shape=(4, 6, 7)):
@@ -168,3 +169,37 @@ def test_what_numbers_no_objects_is_refused():
         match_objects(row(0), row(2**32))
     with pytest.raises(ValueError, match="must be equal"):
         match_objects(row(1, 2), row(1))
+
+
+# --- overlaps
+
+
+def test_overlaps_by_hand():
+    found = overlaps(row(0, 7, 7, 7, 0, 2), row(0, 3, 3, 0, 3, 5))
+    listed = list(zip(found.predicted.tolist(), found.true.tolist(), found.voxels.tolist(), strict=True))
+    assert listed == [(0, 3, 1), (2, 5, 1), (7, 0, 1), (7, 3, 2)]
+    assert {array.dtype for array in (found.predicted, found.true, found.voxels)} == {np.dtype(np.int64)}
+
+
+def test_empty_volumes_overlap_nowhere():
+    assert len(overlaps(row(0, 0), row(0, 0)).voxels) == 0
+    assert len(overlaps(np.zeros((0, 4, 5), int), np.zeros((0, 4, 5), int)).voxels) == 0
+
+
+@given(labels)
+@settings(deadline=None)
+def test_overlaps_are_the_table_of_scikit_image(volumes):
+    prediction, truth = volumes
+    found = overlaps(prediction, truth)
+    table = contingency_table(prediction, truth).toarray()
+    table[0, 0] = 0
+    ours = np.zeros_like(table)
+    ours[found.predicted, found.true] = found.voxels
+    assert np.array_equal(ours, table) and (found.voxels > 0).all()
+
+
+def test_what_cannot_overlap_is_refused():
+    with pytest.raises(ValueError, match=r"The prediction is bool.*label_instances"):
+        overlaps(row(1).astype(bool), row(1))
+    with pytest.raises(ValueError, match="must be equal"):
+        overlaps(row(1, 2), row(1))

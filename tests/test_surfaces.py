@@ -9,7 +9,7 @@ from scipy import ndimage
 from skimage import morphology
 
 from mitoseg_lib import metrics
-from mitoseg_lib.surfaces import boundary_iou, surface_distance
+from mitoseg_lib.surfaces import boundary_band, boundary_iou, surface_distance
 
 
 @pytest.fixture
@@ -257,3 +257,43 @@ def test_what_is_no_pair_of_masks_is_refused_and_masks_are_left_alone(pair, func
         mask.setflags(write=False)
     function(prediction[::-1], truth[::-1])
     assert all((mask == old).all() for mask, old in zip(pair, before, strict=True))
+
+
+# --- the band itself
+
+
+def test_the_band_of_a_square_by_hand():
+    truth = np.zeros((1, 7, 9), bool)
+    truth[0, 2:5, 2:6] = True
+    expected = np.zeros_like(truth)
+    expected[0, 1:6, 1:7] = True
+    expected[0, 3, 3:5] = False  # more than 1 voxel inside
+    assert np.array_equal(boundary_band(truth, 1), expected)
+    assert not boundary_band(truth, 0).any()
+
+
+@given(pairs, st.integers(0, 3))
+@settings(deadline=None)
+def test_the_band_is_what_the_iou_leaves_out(masks, width):
+    prediction, truth = masks
+    kept = ~boundary_band(truth, width)
+    assert kept.shape == truth.shape and kept.dtype == bool
+    assert boundary_iou(prediction, truth, width) == metrics.iou(prediction[kept], truth[kept])
+    assert np.array_equal(kept, ~boundary_band(~truth, width))
+
+
+@given(hnp.arrays(bool, shapes), st.integers(0, 3))
+@settings(deadline=None)
+def test_the_band_is_that_of_scipy(truth, width):
+    square = np.ones((1, 2 * width + 1, 2 * width + 1), bool)
+    near = [ndimage.binary_dilation(mask, square) for mask in (truth, ~truth)]
+    assert np.array_equal(boundary_band(truth, width), near[0] & near[1])
+
+
+def test_what_has_no_band_is_refused():
+    with pytest.raises(ValueError, match="The truth is uint8"):
+        boundary_band(np.zeros((2, 3, 4), np.uint8), 1)
+    with pytest.raises(ValueError, match="2 axes"):
+        boundary_band(np.zeros((3, 4), bool), 1)
+    with pytest.raises(ValueError, match="width of the band is -1"):
+        boundary_band(empty(), -1)
