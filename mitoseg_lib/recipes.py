@@ -357,6 +357,7 @@ def _ladder() -> dict[str, Recipe]:
     together = replace(
         finetuned, shows="and all that helped", neighbours=True, encoder_rate=0.3, patch_size=256, steps=12
     )
+    both = replace(finetuned, shows="and neighbours, and the lower rate", neighbours=True, encoder_rate=0.3)
     longer = replace(
         together, shows="and longer, with averaged weights", epochs=10, steps=200, batch_size=16, averaging=0.998,
         precision="auto", validation_step=4,
@@ -368,6 +369,7 @@ def _ladder() -> dict[str, Recipe]:
         augmentation="turns of blocks, drift",
     )  # fmt: skip
     rungs |= {
+        "both": both,
         "together": together,
         "longer": longer,
         "sturdy": replace(longer, shows="and longer, with strong augmentation", augmentation=everything),
