@@ -32,7 +32,7 @@ from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import History, fit, mean_slice_loss
 from mitoseg_lib.weights import save_weights
 
-__all__ = ["record", "weights_path"]
+__all__ = ["describe_data", "device_name", "first_choice", "record", "weights_path"]
 
 CALIBRATION_BATCHES = 20
 TRAIN_SLICES = 13  # of the training part, for its score
@@ -73,7 +73,7 @@ def record(
     StackError
         When the data can't be had.
     """
-    recipe, described = recipe_named(name), _describe(data)
+    recipe, described = recipe_named(name), describe_data(data)
     path = run_path(name, seed, folder)
     if path.exists():
         run = read_run(path)
@@ -85,7 +85,7 @@ def record(
         return run
     unfinished = folder / "unfinished" / f"{name}-seed{seed}-{described['name']}"
     with _stopwatch(unfinished / "seconds.txt") as seconds:
-        made = _make(recipe, _first_choice(recipe, folder), seed, _Place(data, unfinished, progress))
+        made = _make(recipe, first_choice(recipe, folder), seed, _Place(data, unfinished, progress))
     threads = torch.get_num_threads()
     run = RecordedRun(
         name=name,
@@ -93,7 +93,7 @@ def record(
         command=f"mitoseg run {name} --seed {seed}" + (" --data phantom" if data == "phantom" else ""),
         library_version=metadata.version("mitoseg-lib"),
         date=datetime.now(UTC).date().isoformat(),
-        device=_device_name(threads),
+        device=device_name(threads),
         wall_seconds=round(seconds(), 1),
         data=described,
         **made.fields,
@@ -179,8 +179,12 @@ def _train(recipe: Recipe, seed: int, train: Stack, validation: Stack, place: _P
     return model.eval(), history
 
 
-def _first_choice(recipe: Recipe, folder: Path) -> Choice:
-    """Return how probabilities become a mask, as far as that is known before the training."""
+def first_choice(recipe: Recipe, folder: Path = RESULTS) -> Choice:
+    """Return how probabilities become a mask, as far as that is known before the training.
+
+    That is the best choice over the folds' recorded figures where the recipe names a run that has folds, and else the
+    plainest. A ValueError says which fold's figures are missing.
+    """
     if recipe.chosen_on is None:
         return Choice()
     folds = (read_choices(f"{recipe.chosen_on}-fold-{k}", 0, folder) for k in range(1, N_FOLDS + 1))
@@ -292,7 +296,8 @@ def _image_batches(patches: Dataset, batch_size: int) -> Iterator[Tensor]:
         yield torch.stack(batch)
 
 
-def _describe(data: str) -> dict[str, Any]:
+def describe_data(data: str) -> dict[str, Any]:
+    """Return the name and the files' sha256 of ``"epfl"`` or ``"phantom"``, as a recorded run keeps them."""
     if data not in ("epfl", "phantom"):
         raise ValueError(f"The data is {data!r}, but it must be 'epfl' or 'phantom'; choose one.")
     return describe_epfl() if data == "epfl" else describe_example()
@@ -302,7 +307,7 @@ def _load(data: str, part: str) -> Stack:
     return load_example(part) if data == "phantom" else load_epfl({"train": "training", "test": "testing"}[part])
 
 
-def _device_name(threads: int) -> str:
+def device_name(threads: int) -> str:
     """Return what a run was made on, without anything that names a machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

@@ -43,6 +43,7 @@ MODULE_ORDER = [
     "grey",
     "writers",
     "prediction",
+    "robustness",
     "interruptions",
     "training.settings",
     "training.history",
@@ -62,6 +63,8 @@ MODULE_ORDER = [
     "recipes",
     "ladder",
     "recording",
+    "trained",
+    "measurements",
     "cli",
 ]
 IMAGE = ("image/png", "image/jpeg")
