@@ -66,46 +66,69 @@ def fetch(dataset: Annotated[Dataset, typer.Argument(help="Which data set.")]) -
 
 @app.command()
 def run(
-    name: Annotated[str | None, typer.Argument(help="Which recipe.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Which recipe or measurement.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")] = 0,
     data: Annotated[Data, typer.Option(help="The EPFL stacks, or the bundled synthetic ones.")] = Data.EPFL,
     output: Annotated[Path, typer.Option(help="Folder of the recorded runs.")] = Path("results"),
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
-    list_names: Annotated[bool, typer.Option("--list", help="List the recipes, and stop.")] = False,
+    list_names: Annotated[bool, typer.Option("--list", help="List recipes and measurements, and stop.")] = False,
 ) -> None:
     """Make a recorded run: train by a recipe, measure, and write OUTPUT/NAME-seedS.json.
 
     Stopped by Ctrl-C or a time limit, it goes on from there when it is called again.
 
+    The last names of the list are measurements of models that such runs have trained: their weights are read from
+    OUTPUT/weights, and OUTPUT/NAME.json is written, whole or not at all.
+
     Examples: mitoseg run --list
     mitoseg run check --data phantom
     mitoseg run unet --seed 1
+    mitoseg run robustness
     """
+    from mitoseg_lib.measurements import MEASUREMENTS
     from mitoseg_lib.recipes import RECIPES
-    from mitoseg_lib.recording import record
     from mitoseg_lib.stacks import StackError
 
     if list_names:
-        for recipe_name, recipe in RECIPES.items():
-            typer.echo(f"{recipe_name:44s}{recipe.shows}")
+        for listed, entry in (RECIPES | MEASUREMENTS).items():
+            typer.echo(f"{listed:44s}{entry.shows}")
         return
     if name is None:
         raise typer.BadParameter("no recipe was named; `mitoseg run --list` lists them.")
+    if name in MEASUREMENTS and seed:
+        raise typer.BadParameter("a measurement takes the seeds that have weights; leave out --seed.")
     if threads:
         import torch
 
         torch.set_num_threads(threads)
     try:
-        made = record(name, seed, data=data.value, folder=output, progress=True)
+        made = _measure(name, data, output) if name in MEASUREMENTS else _record(name, seed, data, output)
     except (StackError, ValueError, RuntimeError, ArithmeticError, OSError) as error:
         typer.echo(f"mitoseg: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stopped:
-        typer.echo(f"mitoseg: {stopped}", err=True)
+        typer.echo(f"mitoseg: {str(stopped) or 'stopped, and nothing was written.'}", err=True)
         raise typer.Exit(130) from None
+    typer.echo(made)
+
+
+def _record(name: str, seed: int, data: Data, output: Path) -> str:
+    """Make a recorded run, and return what there is to say of it."""
+    from mitoseg_lib.recording import record
+
+    made = record(name, seed, data=data.value, folder=output, progress=True)
     measured = {"train": made.train, "validation": made.validation, "test": made.test}
     ious = ", ".join(f"{part} {found['iou']:.3f}" for part, found in measured.items() if found)
-    typer.echo(f"{name}, seed {seed}: IoU {ious}, at threshold {made.threshold:g}")
+    return f"{name}, seed {seed}: IoU {ious}, at threshold {made.threshold:g}"
+
+
+def _measure(name: str, data: Data, output: Path) -> str:
+    """Make a measurement, and return where it is."""
+    from mitoseg_lib.measurements import measure, measurement_path
+
+    made = measure(name, data=data.value, folder=output, progress=True)
+    models = ", ".join(f"{model['name']}, seed {model['seed']}" for model in made.models)
+    return f"{name} is measured in {measurement_path(name, output)}, of {models}"
 
 
 @app.command()

@@ -19,12 +19,21 @@ from tqdm.auto import tqdm
 
 from mitoseg_lib.metrics import Scores
 
-__all__ = ["choose_threshold", "is_bf16_native", "median_filter_z", "predict_stack"]
+__all__ = [
+    "choose_threshold",
+    "is_bf16_native",
+    "median_filter_z",
+    "predict_stack",
+    "predict_turned",
+    "predict_views",
+]
 
 WINDOW_3D = (32, 128, 128)  # voxels at a time for a 3D model: under 2 GB with the default U-Net
 OVERLAP = 0.25  # of neighbouring windows, of a side
 # The order of memory in which convolutions are fastest, by the number of axes.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Axes of a volume whose slices lie in the planes xy, xz and yz of a stack (z, y, x).
+VIEWS = ((0, 1, 2), (1, 0, 2), (2, 0, 1))
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))  # 0.05 to 0.95
 
 Predictor = Callable[[Tensor], Tensor]
@@ -118,13 +127,51 @@ def predict_turned(
     The slices are flipped and turned by quarter turns, predicted, and the answers are turned back. Eight times the
     time of `predict_stack`, whose parameters and errors hold here, too.
     """
+    _check_image(image)
     total = np.zeros(image.shape, np.float32)
-    for quarters in range(4):
-        for flip in (slice(None), slice(None, None, -1)):
-            turned = np.ascontiguousarray(np.rot90(image, quarters, axes=(1, 2))[:, flip])
-            answer = predict_stack(model, turned, precision=precision, window=window)
-            total += np.rot90(answer[:, flip], -quarters, axes=(1, 2))
-    return total / 8
+    _add_turned(total, image, partial(predict_stack, model, precision=precision, window=window))
+    total /= 8
+    return total
+
+
+def predict_views(
+    model: nn.Module,
+    image: NDArray[np.uint8],
+    *,
+    precision: str = "auto",
+    window: int | Sequence[int] | None = None,
+    turned: bool = False,
+) -> NDArray[np.float32]:
+    """Return the mean of a 2D model's answers to a stack cut into slices along z, along y and along x.
+
+    Where voxels are as long as they are wide, a mitochondrion looks alike in all three planes, so a model that was
+    trained on xy slices can be given the xz and yz slices, too, and these show what lies above and below an xy slice.
+    Takes about three times the time of `predict_stack`, whose errors hold here, too, and memory for two arrays like
+    the one that is returned.
+
+    Parameters
+    ----------
+    model, image, precision, window
+        As in `predict_stack`. A network that is given neighbouring slices gets the neighbours along each axis.
+    turned : bool
+        Average over the eight ways to lay down each slice (`predict_turned`), too: 24 answers for a voxel.
+
+    Returns
+    -------
+    ndarray
+        float32 in [0, 1], (z, y, x).
+    """
+    _check_image(image)
+    total = np.zeros(image.shape, np.float32)
+    predict = partial(predict_stack, model, precision=precision, window=window)
+    for axes in VIEWS:
+        seen, sums = image.transpose(axes), total.transpose(axes)  # the same memory, no copies
+        if turned:
+            _add_turned(sums, seen, predict)
+        else:
+            sums += predict(seen)
+    total /= len(VIEWS) * (8 if turned else 1)
+    return total
 
 
 def choose_threshold(
@@ -315,6 +362,14 @@ def _unless_out_of_memory(function: Predictor, grey: Tensor) -> Tensor | None:
         return function(grey)
     except torch.OutOfMemoryError:
         return None
+
+
+def _add_turned(total: NDArray[np.float32], image: NDArray[np.uint8], predict: Callable[[NDArray], NDArray]) -> None:
+    """Add the answers to the eight ways to lay down a slice, each turned back."""
+    for quarters in range(4):
+        for flip in (slice(None), slice(None, None, -1)):
+            turned = np.ascontiguousarray(np.rot90(image, quarters, axes=(1, 2))[:, flip])
+            total += np.rot90(predict(turned)[:, flip], -quarters, axes=(1, 2))
 
 
 def _halved(batch_size: int, what: str) -> int:

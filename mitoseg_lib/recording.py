@@ -32,7 +32,7 @@ from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import History, fit, mean_slice_loss
 from mitoseg_lib.weights import save_weights
 
-__all__ = ["record", "weights_path"]
+__all__ = ["describe_data", "device_name", "first_choice", "record", "weights_path"]
 
 CALIBRATION_BATCHES = 20
 TRAIN_SLICES = 13  # of the training part, for its score
@@ -73,7 +73,7 @@ def record(
     StackError
         When the data can't be had.
     """
-    recipe, described = recipe_named(name), _describe(data)
+    recipe, described = recipe_named(name), describe_data(data)
     path = run_path(name, seed, folder)
     if path.exists():
         run = read_run(path)
@@ -86,7 +86,7 @@ def record(
     unfinished = folder / "unfinished" / f"{name}-seed{seed}-{described['name']}"
     devices = _devices_so_far(unfinished / "devices.txt")
     with _stopwatch(unfinished / "seconds.txt") as seconds:
-        made = _make(recipe, _first_choice(recipe, folder), seed, _Place(data, unfinished, progress))
+        made = _make(recipe, first_choice(recipe, folder), seed, _Place(data, unfinished, progress))
     run = RecordedRun(
         name=name,
         seed=seed,
@@ -179,8 +179,12 @@ def _train(recipe: Recipe, seed: int, train: Stack, validation: Stack, place: _P
     return model.eval(), history
 
 
-def _first_choice(recipe: Recipe, folder: Path) -> Choice:
-    """Return how probabilities become a mask, as far as that is known before the training."""
+def first_choice(recipe: Recipe, folder: Path = RESULTS) -> Choice:
+    """Return how probabilities become a mask, as far as that is known before the training.
+
+    That is the best choice over the folds' recorded figures where the recipe names a run that has folds, and else the
+    plainest. A ValueError says which fold's figures are missing.
+    """
     if recipe.chosen_on is None:
         return Choice()
     folds = (read_choices(f"{recipe.chosen_on}-fold-{k}", 0, folder) for k in range(1, N_FOLDS + 1))
@@ -292,7 +296,8 @@ def _image_batches(patches: Dataset, batch_size: int) -> Iterator[Tensor]:
         yield torch.stack(batch)
 
 
-def _describe(data: str) -> dict[str, Any]:
+def describe_data(data: str) -> dict[str, Any]:
+    """Return the name and the files' sha256 of ``"epfl"`` or ``"phantom"``, as a recorded run keeps them."""
     if data not in ("epfl", "phantom"):
         raise ValueError(f"The data is {data!r}, but it must be 'epfl' or 'phantom'; choose one.")
     return describe_epfl() if data == "epfl" else describe_example()
@@ -305,17 +310,17 @@ def _load(data: str, part: str) -> Stack:
 def _devices_so_far(file: Path) -> list[str]:
     """Return what all sessions of a run were made on, this one's device last, and remember it in a file."""
     known = file.read_text().splitlines() if file.is_file() else []
-    devices = list(dict.fromkeys([*known, _device_name()]))
+    devices = list(dict.fromkeys([*known, device_name()]))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(devices) + "\n")
     return devices
 
 
-def _device_name() -> str:
+def device_name() -> str:
     """Return what a run is made on, without anything that names a machine."""
     threads = torch.get_num_threads()
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return torch.cuda.getdevice_name()
     return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"
 
 

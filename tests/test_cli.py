@@ -65,13 +65,15 @@ def assert_one_sentence(text):
     assert text.startswith("mitoseg: ") and text.count("\n") == 1 and text.rstrip().endswith(".")
 
 
-def test_run_lists_every_recipe_and_what_it_shows():
+def test_run_lists_every_recipe_and_every_measurement_and_what_it_shows():
+    from mitoseg_lib.measurements import MEASUREMENTS
     from mitoseg_lib.recipes import RECIPES
 
     result = run("--list")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert [line.split(maxsplit=1) for line in lines] == [[name, recipe.shows] for name, recipe in RECIPES.items()]
+    expected = [*RECIPES.items(), *MEASUREMENTS.items()]
+    assert [line.split(maxsplit=1) for line in lines] == [[name, entry.shows] for name, entry in expected]
 
 
 def test_run_makes_a_run_once_and_says_what_was_measured(tmp_path, same_threads):
@@ -121,6 +123,49 @@ def test_run_with_arguments_that_cannot_be_meant_is_a_usage_error(arguments, wor
     result = run(*arguments, "--output", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert words in result.stderr and "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_run_makes_a_measurement_once_and_says_where_it_is(tmp_path, same_threads):
+    from small_trained import write_runs
+
+    write_runs(tmp_path)
+    command = ("transfer-to-phantom", "--data", "phantom", "--output", tmp_path, "--threads", 1)
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "transfer-to-phantom.json"
+    assert result.stdout == f"transfer-to-phantom is measured in {path}, of ladder-finetuned, seed 0\n"
+    assert json.loads(path.read_text())["device"].startswith("1 CPU thread (")
+    assert "prediction" in result.stderr
+    before = path.stat().st_mtime_ns
+    again = run(*command)
+    assert (again.exit_code, again.stdout, path.stat().st_mtime_ns) == (0, result.stdout, before)
+
+
+def test_a_measurement_without_its_models_is_one_sentence(tmp_path):
+    result = run("boundary", "--data", "phantom", "--output", tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    sentence = result.stderr.splitlines(keepends=True)[-1]
+    assert_one_sentence(sentence)
+    assert "mitoseg run ladder-finetuned" in sentence and list(tmp_path.iterdir()) == []
+
+
+def test_a_measurement_that_is_stopped_is_one_sentence(tmp_path, monkeypatch):
+    from mitoseg_lib import measurements
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurements, "describe_data", stopped)
+    result = run("boundary", "--data", "phantom", "--output", tmp_path)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert_one_sentence(result.stderr)
+    assert "nothing was written" in result.stderr
+
+
+def test_a_measurement_takes_no_seed(tmp_path):
+    result = run("boundary", "--seed", 1, "--output", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "leave out" in result.stderr and list(tmp_path.iterdir()) == []
 
 
 # --- mitoseg evaluate

@@ -45,6 +45,7 @@ MODULE_ORDER = [
     "grey",
     "writers",
     "prediction",
+    "robustness",
     "interruptions",
     "training.settings",
     "training.history",
@@ -66,6 +67,8 @@ MODULE_ORDER = [
     "recipes",
     "ladder",
     "recording",
+    "trained",
+    "measurements",
     "cli",
 ]
 IMAGE = ("image/png", "image/jpeg")

@@ -1,5 +1,7 @@
 import copy
+import functools
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from mitoseg_lib.inference import (
     median_filter_z,
     predict_stack,
     predict_turned,
+    predict_views,
     threshold_scores,
 )
 from mitoseg_lib.metrics import iou, scores
@@ -489,6 +492,94 @@ def test_the_turned_prediction_turns_with_the_image():
     plain = predict_turned(model, image, precision="fp32")
     turned = predict_turned(model, np.rot90(image, axes=(1, 2)).copy(), precision="fp32")
     assert np.allclose(turned, np.rot90(plain, axes=(1, 2)), atol=1e-6)
+
+
+# --- three views
+
+
+PLANES = {"xy": "zyx->zyx", "xz": "zyx->yzx", "yz": "zyx->xzy"}
+
+
+def seen_along(predict, image, plane):
+    """A prediction of the slices in one plane, as a stack again; axes are moved one by one."""
+    before, after = PLANES[plane].split("->")
+    laid = np.einsum(f"{before}->{after}", image)
+    return np.einsum(f"{after}->{before}", predict(np.ascontiguousarray(laid)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(7, 19, 30), (1, 5, 9), (24, 8, 8)])
+def test_three_views_are_the_mean_of_the_predictions_of_slices_in_three_planes(shape, turned):
+    model, image = small_unet(), stack_image(shape)
+    predict = functools.partial(predict_turned if turned else predict_stack, model, precision="fp32")
+    answers = [seen_along(predict, image, plane) for plane in PLANES]
+    assert np.ptp(answers, axis=0).max() > 1e-3
+    found = predict_views(model, image, precision="fp32", turned=turned)
+    assert (found.dtype, found.shape) == (np.float32, shape)
+    assert np.allclose(found, np.mean(answers, axis=0), atol=1e-6)
+
+
+def test_three_views_of_another_lay_of_the_stack_are_the_same():
+    model, image = small_unet(), stack_image((6, 12, 10))
+    found = predict_views(model, image, precision="fp32", turned=True)
+    laid = predict_views(model, np.ascontiguousarray(image.transpose(2, 0, 1)), precision="fp32", turned=True)
+    assert np.allclose(found.transpose(2, 0, 1), laid, atol=1e-6)
+
+
+def test_a_network_with_neighbours_gets_them_along_each_axis():
+    torch.manual_seed(0)
+    model = encoder_unet("efficientnet_lite0", weights=None, frozen=False, neighbours=True)
+    model.forward = lambda x: (40 * (x[:, 2:] - x[:, :1])).clamp(-4, 4)  # the next slice less the one before
+    ramp = np.arange(8)
+    for axis in range(3):
+        image = np.broadcast_to(np.expand_dims(ramp * 20, [i for i in range(3) if i != axis]), (8, 8, 8))
+        found = predict_views(model, image.astype(np.uint8), precision="fp32")
+        along = 1 / (1 + np.exp(-4)) * 1  # where brighter means next
+        assert np.allclose(found.take(range(1, 7), axis), (along + 0.5 + 0.5) / 3, atol=1e-6)
+
+
+def test_three_views_take_windows_and_leave_the_model_as_it_was():
+    model, image = small_unet().train(), stack_image((20, 24, 28))
+    whole = predict_views(model, image, precision="fp32")
+    windows = predict_views(model, image, precision="fp32", window=16)
+    assert model.training and windows.min() >= 0 and windows.max() <= 1
+    assert np.abs(whole - windows).max() > 0 and np.abs(whole - windows).mean() < 0.1
+
+
+@pytest.mark.parametrize("predict", [predict_turned, predict_views])
+@pytest.mark.parametrize(
+    ("image", "options", "words"),
+    [
+        (np.zeros((4, 4, 4), np.float32), {}, "float32"),
+        (np.zeros((4, 4), np.uint8), {}, r"\(z, y, x\)"),
+        (np.zeros((0, 4, 4), np.uint8), {}, r"\(0, 4, 4\)"),
+        ([[[1]]], {}, "list"),
+        (np.zeros((4, 4, 4), np.uint8), {"precision": "fp8"}, "fp8"),
+        (np.zeros((4, 4, 4), np.uint8), {"window": 0}, "window"),
+    ],
+)
+def test_turns_and_views_refuse_what_a_plain_prediction_refuses(predict, image, options, words):
+    with pytest.raises(ValueError, match=words):
+        predict(small_unet(), image, **options)
+
+
+@pytest.mark.parametrize("predict", [predict_turned, predict_views, functools.partial(predict_views, turned=True)])
+def test_turns_and_views_keep_memory_for_two_volumes(predict):
+    class Half(nn.Module):
+        size_multiple = 1
+
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    image = stack_image((64, 128, 128))
+    predict(Half(), image[:2])
+    tracemalloc.start()
+    try:
+        predict(Half(), image)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * 4 * image.size  # the sums and one answer, and bytes of the image laid down otherwise
 
 
 # --- scores at thresholds

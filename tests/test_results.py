@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from mitoseg_lib import runs
+from mitoseg_lib.datasets import describe_example
+from mitoseg_lib.measurements import MEASUREMENTS, measurement_path, read_measurement
 from mitoseg_lib.recipes import RECIPES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -28,10 +30,29 @@ def test_a_row_of_the_readme_is_the_mean_of_its_recorded_runs(name, train, valid
 
 
 def test_every_recorded_run_has_a_recipe_and_says_what_it_was_measured_on():
-    for path in runs.RESULTS.glob("*.json"):
+    for path in runs.RESULTS.glob("*-seed*.json"):
         run = runs.read_run(path)
         recipe = RECIPES[run.name]
         assert run.data["name"] in ("epfl-rebuilt", "epfl-official")
         assert (run.epochs, run.batch_size, run.loss) == (recipe.epochs, recipe.batch_size, recipe.loss)
         assert len(run.history) == run.epochs
         assert (run.test is not None) == recipe.tested == bool(runs.read_masks(run))
+
+
+def test_every_other_file_of_figures_is_a_measurement():
+    seedless = {path for path in runs.RESULTS.glob("*.json") if "-seed" not in path.name}
+    assert seedless <= {measurement_path(name) for name in MEASUREMENTS}
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_a_measurement_says_what_it_was_made_of(name):
+    found = read_measurement(name)
+    if found is None:
+        pytest.skip("not measured yet")
+    assert (found.name, found.command) == (name, f"mitoseg run {name}")
+    some_run = runs.read_runs("unet")[0]
+    expected = describe_example() if MEASUREMENTS[name].on_phantom else some_run.data
+    assert found.data == expected
+    assert found.models and found.figures
+    for model in found.models:
+        assert model["name"] in RECIPES and re.fullmatch(r"[0-9a-f]{64}", model["weights_sha256"])

@@ -137,7 +137,7 @@ def test_a_score_that_is_not_a_number_is_never_written(tmp_path):
 
 
 def test_every_recorded_run_in_the_project_can_be_read():
-    for path in runs.RESULTS.glob("*.json"):
+    for path in runs.RESULTS.glob("*-seed*.json"):
         run = runs.read_run(path)
         assert path.name == f"{run.name}-seed{run.seed}.json"
 
@@ -260,7 +260,7 @@ def test_the_origin_names_every_device_every_data_set_and_the_days():
 
 
 def test_masks_of_recorded_runs_in_the_project_are_those_of_the_three_slices():
-    for path in runs.RESULTS.glob("*.json"):
+    for path in runs.RESULTS.glob("*-seed*.json"):
         run = runs.read_run(path)
         masks = runs.read_masks(run)
         assert bool(masks) == (run.test is not None)

@@ -1,0 +1,453 @@
+"""What is measured of models that recorded runs have trained: one file ``results/NAME.json`` for each measurement.
+
+All of them load the weights that `mitoseg_lib.recording` keeps, and make masks as the run's folds chose. Nothing is
+chosen here; where the best of several values on the test stack is shown, its name says so.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from tqdm.auto import tqdm
+
+from mitoseg_lib.calibration import reliability
+from mitoseg_lib.choices import Choice, best_choice, scores_of_choices
+from mitoseg_lib.files import write_whole
+from mitoseg_lib.inference import median_filter_z, threshold_scores
+from mitoseg_lib.instances import label_instances, match_objects
+from mitoseg_lib.metrics import Scores, scores
+from mitoseg_lib.recipes import N_FOLDS, recipe_named
+from mitoseg_lib.recording import describe_data, device_name
+from mitoseg_lib.robustness import CHANGES, curve
+from mitoseg_lib.runs import RESULTS
+from mitoseg_lib.splits import Split
+from mitoseg_lib.stacks import Stack
+from mitoseg_lib.surfaces import boundary_iou
+from mitoseg_lib.trained import KEPT, WAYS, Bench, Probabilities
+
+__all__ = ["KEPT", "MEASUREMENTS", "Measured", "Measurement", "measure", "measurement_path", "read_measurement"]
+
+FROM_PHANTOM = "lite0-imagenet-finetuned"  # the recipe that is trained on the phantom, too, in a folder of its own
+BLOCKS, BLOCK_SLICES = 3, 11  # of the test stack, for robustness: a fifth of it, with neighbours
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement that was made: one file ``results/NAME.json``.
+
+    Attributes
+    ----------
+    name, command, library_version, date, device, data
+        As in `mitoseg_lib.runs.RecordedRun`; the data is what was measured on.
+    models : list of dict
+        ``name`` and ``seed`` of each run whose weights were used, what it was ``trained_on``, and ``weights_sha256``.
+    figures : dict
+        What was found; what is in it depends on the measurement.
+    """
+
+    name: str
+    command: str
+    library_version: str
+    date: str
+    device: str
+    data: dict[str, Any]
+    models: list[dict[str, Any]]
+    figures: Figures
+
+
+def measurement_path(name: str, folder: Path = RESULTS) -> Path:
+    """Return where a measurement is written, whether it is there or not."""
+    return folder / f"{name}.json"
+
+
+def read_measurement(name: str, folder: Path = RESULTS) -> Measured | None:
+    """Return a measurement, or None where it wasn't made yet.
+
+    Raises
+    ------
+    ValueError
+        When there is no such measurement, or its file isn't one that `measure` wrote.
+    """
+    _named(name)
+    path = measurement_path(name, folder)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error}): remove it and measure again.") from None
+    expected = {field.name for field in dataclasses.fields(Measured)}
+    found = set(content) if isinstance(content, dict) else set()
+    if found != expected:
+        odd = ", ".join(sorted(found ^ expected))
+        raise ValueError(f"{path.name} lacks, or has beyond its format, the keys {odd}: remove it and measure again.")
+    return Measured(**content)
+
+
+def measure(name: str, *, data: str = "epfl", folder: Path = RESULTS, progress: bool | None = None) -> Measured:
+    """Make a measurement, write its file, and return it; one that is there already is read instead.
+
+    The last predictions of whole stacks are kept in memory (2 GB for EPFL), so several measurements in one process
+    share them.
+
+    Parameters
+    ----------
+    name : str
+        One of `MEASUREMENTS`.
+    data : {"epfl", "phantom"}
+        What the models were trained and are measured on (of the two that transfer, one of both).
+    folder : Path
+        Where ``NAME.json`` is written; the runs' files are there, and their weights in ``weights/`` below it.
+    progress : bool, optional
+        Show how many predictions were made; by default on a terminal.
+
+    Returns
+    -------
+    Measured
+
+    Raises
+    ------
+    ValueError
+        When there is no such measurement, weights are missing (the sentence names the command that makes them), or
+        the folder holds the measurement of other data.
+    StackError
+        When the data can't be had.
+    """
+    measurement, command = _named(name), f"mitoseg run {name}" + (" --data phantom" if data == "phantom" else "")
+    trained_on = describe_data(data)
+    described = describe_data("phantom") if measurement.on_phantom else trained_on
+    found, path = read_measurement(name, folder), measurement_path(name, folder)
+    if found is not None:
+        if (found.command, found.data["name"]) != (command, described["name"]):
+            raise ValueError(
+                f"{path.name} was made by `{found.command}` on {found.data['name']}, but `{command}` on "
+                f"{described['name']} was asked for; name another folder for it."
+            )
+        return found
+    bench = Bench(data, trained_on["name"], folder)
+    with tqdm(desc=name, unit=" predictions", disable=None if progress is None else not progress) as bar:
+        bench.after_each = bar.update
+        figures = measurement.function(bench)
+    made = Measured(
+        name=name,
+        command=command,
+        library_version=metadata.version("mitoseg-lib"),
+        date=datetime.now(UTC).date().isoformat(),
+        device=device_name(),
+        data=described,
+        models=list(bench.used.values()),
+        figures=figures,
+    )
+    write_whole(path, (json.dumps(dataclasses.asdict(made), indent=1, allow_nan=False) + "\n").encode())
+    return made
+
+
+# --- the measurements
+
+
+def _robustness(bench: Bench) -> Figures:
+    """Every change at every strength, on some blocks of the test stack."""
+    trained, choice, way = bench.trained(KEPT, 0), bench.choice, bench.way
+    test = bench.stack("test")
+    blocks = _blocks(len(test.image))
+    some = test.slices([z for block in blocks for z in block])
+
+    def predict(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        parts = image.reshape(len(blocks), -1, *image.shape[1:])  # no block is a neighbour of another
+        return np.concatenate([_mask(bench.predict(trained, part, way), choice) for part in parts])
+
+    return {
+        "choice": dataclasses.asdict(choice),
+        "slices": [[block[0], block[-1]] for block in blocks],
+        "n_slices": len(some.image),
+        "n_slices_of_stack": len(test.image),
+        "changes": {
+            name: {
+                "title": change.title,
+                "unit": change.unit,
+                "unchanged": change.unchanged,
+                "curve": [{"strength": strength} | _ratios(found) for strength, found in curve(predict, some, change)],
+            }
+            for name, change in CHANGES.items()
+        },
+    }
+
+
+def _test_tuning(bench: Bench) -> Figures:
+    """What threshold and median look like when they are chosen on the test stack, which they must not be."""
+    choice, truth, rows = bench.choice, bench.stack("test").require_labels(), []
+    for seed in bench.seeds:
+        probabilities = bench.on_test(bench.trained(KEPT, seed), bench.way)
+        found = scores_of_choices(probabilities, truth, turned=choice.turned)
+        best = best_choice(found)
+        ious = {"iou": found[choice].iou, "iou_chosen_on_test": found[best].iou}
+        gap = ious["iou_chosen_on_test"] - ious["iou"]
+        rows.append({"seed": seed} | ious | {"gap": gap, "choice_on_test": dataclasses.asdict(best)})
+    mean = float(np.mean([row["iou"] for row in rows]))
+    return {
+        "choice": dataclasses.asdict(choice),
+        "seeds": rows,
+        "mean_iou": mean,
+        "mean_gap": float(np.mean([row["gap"] for row in rows])),
+        "gap_of_best_seed_on_test": max(row["iou"] for row in rows) - mean,
+        "gap_of_best_seed_and_choice_on_test": max(row["iou_chosen_on_test"] for row in rows) - mean,
+    }
+
+
+def _calibration(bench: Bench) -> Figures:
+    """Reliability of one seed, of the mean over seeds, and of the mean over eight turns; no median."""
+    truth, seeds = bench.stack("test").require_labels(), bench.seeds
+    trained = [bench.trained(KEPT, seed) for seed in seeds]
+    plain = [bench.on_test(one, "plain") for one in trained]
+    rows = {
+        "one seed": (seeds[:1], plain[0]),
+        "mean over seeds": (seeds, _mean(plain)),
+        "mean over 8 turns": (seeds[:1], bench.on_test(trained[0], "turned")),
+    }
+    return {"rows": [{"predicted": name, "seeds": of} | _bins(found, truth) for name, (of, found) in rows.items()]}
+
+
+def _seeds_and_views(bench: Bench) -> Figures:
+    """Each way to predict, of each seed and of their ensemble; at each threshold, since a way may want its own."""
+    choice, truth, seeds = bench.choice, bench.stack("test").require_labels(), bench.seeds
+    trained, rows, spread = [bench.trained(KEPT, seed) for seed in seeds], [], {}
+    for way in WAYS:
+        found = partial(map, bench.on_test, trained, [way] * len(trained))
+        if way == bench.way:
+            spread = _spread(list(found()), choice.threshold)
+        for median in sorted({1, choice.median}):
+            over_seeds = _over_seeds(list(found()), truth, Choice(False, median, choice.threshold))
+            rows.append({"predicted": way, "median": median} | over_seeds)
+    return {"choice": dataclasses.asdict(choice), "seeds": seeds, "rows": rows, "spread": spread}
+
+
+def _boundary(bench: Bench) -> Figures:
+    """How much of the error lies at boundaries, and what one pixel of boundary costs."""
+    truth, choice, seed = bench.stack("test").require_labels(), bench.choice, bench.seeds[0]
+    mask = _mask(bench.on_test(bench.trained(KEPT, seed), bench.way), choice)
+    objects = match_objects(label_instances(mask), label_instances(truth))
+    square = np.ones((1, 3, 3), bool)  # rows and columns, as in boundary_iou
+    grown = ndimage.binary_dilation(truth, square)
+    shrunk = ndimage.binary_erosion(truth, square, border_value=1)  # the edge of the image is no boundary
+    return {
+        "choice": dataclasses.asdict(choice),
+        "seed": seed,
+        "iou_by_band": [{"width": width, "iou": boundary_iou(mask, truth, width)} for width in range(4)],
+        "objects": {
+            "precision": objects.precision,
+            "recall": objects.recall,
+            "n_predicted": objects.n_predicted,
+            "n_true": objects.n_true,
+            "n_matched": len(objects.pairs),
+        },
+        "iou_of_truth_dilated_by_1": scores(grown, truth).iou,
+        "iou_of_truth_eroded_by_1": scores(shrunk, truth).iou,
+    }
+
+
+def _views_on_folds(bench: Bench) -> Figures:
+    """Each way to predict on the slices that validate, pooled over the folds: where to choose one of them."""
+    choice, stack = bench.choice, bench.stack("train")
+    medians = sorted({1, choice.median})
+    found: dict[tuple[str, int], list[dict[float, Scores]]] = {(way, m): [] for way in WAYS for m in medians}
+    for k in range(1, N_FOLDS + 1):
+        name = f"{bench.recipe.chosen_on}-fold-{k}"
+        trained, split = bench.trained(name, 0), recipe_named(name).parts(len(stack.image))
+        around = _around(split, len(stack.image))
+        image, kept = stack.image[around], np.subtract(split.validation, around.start)
+        truth = stack.require_labels()[list(split.validation)]
+        for way in WAYS:
+            probabilities = bench.predict(trained, image, way)[kept]
+            for median in medians:
+                found[way, median].append(threshold_scores(median_filter_z(probabilities, median), truth))
+    rows = [{"predicted": way, "median": median} | _over_folds(folds) for (way, median), folds in found.items()]
+    return {"choice": dataclasses.asdict(choice), "rows": rows}
+
+
+def _transfer_to_phantom(bench: Bench) -> Figures:
+    """A model of tissue on the phantom."""
+    stack = bench.stack("test", data="phantom")
+    return _transferred(bench.predict(bench.trained(KEPT, 0), stack.image, "plain"), stack)
+
+
+def _transfer_from_phantom(bench: Bench) -> Figures:
+    """A model of the phantom on tissue."""
+    trained = bench.trained(FROM_PHANTOM, 0, on_phantom=True)
+    return _transferred(bench.on_test(trained, "plain"), bench.stack("test"))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Something that is measured of trained models.
+
+    Attributes
+    ----------
+    shows : str
+        What it is for, in a few words.
+    function : callable
+        Makes it.
+    on_phantom : bool
+        It is always measured on the phantom.
+    """
+
+    shows: str
+    function: Callable[[Bench], Figures]
+    on_phantom: bool = False
+
+
+MEASUREMENTS: dict[str, Measurement] = {
+    "robustness": Measurement("IoU under changes of the image", _robustness),
+    "test-tuning": Measurement("what it feigns to choose on the test stack", _test_tuning),
+    "calibration": Measurement("whether probabilities mean what they say", _calibration),
+    "seeds-and-views": Measurement("seeds, their ensemble, eight turns, three views", _seeds_and_views),
+    "boundary": Measurement("how much of the error lies at boundaries", _boundary),
+    "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds),
+    "transfer-to-phantom": Measurement("from tissue to the phantom", _transfer_to_phantom, on_phantom=True),
+    "transfer-from-phantom": Measurement("from the phantom to tissue", _transfer_from_phantom),
+}
+
+
+def _named(name: str) -> Measurement:
+    """Return a measurement, or raise a ValueError with the names that are near."""
+    if name in MEASUREMENTS:
+        return MEASUREMENTS[name]
+    near = get_close_matches(name, MEASUREMENTS, n=3, cutoff=0.4) or list(MEASUREMENTS)
+    raise ValueError(
+        f"There is no measurement {name!r}, but for example {', '.join(near)}; `mitoseg run --list` lists all."
+    )
+
+
+# --- figures
+
+
+def _mask(probabilities: Probabilities, choice: Choice) -> NDArray[np.bool_]:
+    return median_filter_z(probabilities, choice.median) >= choice.threshold
+
+
+def _ratios(found: Scores) -> dict[str, float]:
+    return {name: getattr(found, name) for name in ("iou", "dice", "precision", "recall")}
+
+
+def _blocks(depth: int) -> list[range]:
+    """Return blocks of neighbouring slices, one in the middle of each third of a stack."""
+    n = min(BLOCKS, depth)
+    size = min(BLOCK_SLICES, depth // n)
+    starts = [((2 * k + 1) * depth // n - size) // 2 for k in range(n)]
+    return [range(start, start + size) for start in starts]
+
+
+def _around(split: Split, depth: int) -> slice:
+    """Return the slices that validate and those around them that don't train.
+
+    So the views from the side have surroundings, and none that the model was trained on.
+    """
+    start, stop = min(split.validation), max(split.validation) + 1
+    while start > 0 and start - 1 not in split.train:
+        start -= 1
+    while stop < depth and stop not in split.train:
+        stop += 1
+    return slice(start, stop)
+
+
+def _mean(volumes: Sequence[Probabilities]) -> Probabilities:
+    """Return the mean of some predictions."""
+    total = volumes[0].copy()
+    for volume in volumes[1:]:
+        total += volume
+    total /= len(volumes)
+    return total
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    """Return the sample standard deviation, where there is one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _bins(probabilities: Probabilities, truth: NDArray[np.bool_]) -> Figures:
+    """Return a reliability diagram's numbers; None in bins that are empty."""
+    found = reliability(probabilities, truth)
+    return {
+        "expected_calibration_error": found.expected_calibration_error,
+        "edges": found.edges.tolist(),
+        "voxels": found.voxels.tolist(),
+        "foreground": found.foreground.tolist(),
+        "predicted": _without_nan(found.predicted),
+        "observed": _without_nan(found.observed),
+    }
+
+
+def _without_nan(values: Iterable[float]) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def _over_seeds(each: Sequence[Probabilities], truth: NDArray[np.bool_], choice: Choice) -> Figures:
+    """Return the IoU of each seed and of their mean, with a median, at each threshold and at the chosen one."""
+    filtered = partial(median_filter_z, size=choice.median)
+    seeds = [threshold_scores(filtered(one), truth) for one in each]
+    ensemble = threshold_scores(filtered(_mean(each)), truth)
+    by_threshold = [
+        {"threshold": t, "seeds": [found[t].iou for found in seeds], "ensemble": ensemble[t].iou} for t in ensemble
+    ]
+    ious = [found[choice.threshold].iou for found in seeds]
+    return {
+        "threshold": choice.threshold,
+        "ious": ious,
+        "mean": float(np.mean(ious)),
+        "sd": _sd(ious),
+        "ensemble": ensemble[choice.threshold].iou,
+        "by_threshold": by_threshold,
+    }
+
+
+def _over_folds(folds: Sequence[dict[float, Scores]]) -> Figures:
+    """Return the pooled IoU at each threshold, and the best of them with each fold's own IoU there."""
+    total = {Choice(threshold=t): sum((fold[t] for fold in folds), Scores(0, 0, 0, 0)) for t in folds[0]}
+    best = best_choice(total)
+    return {
+        "threshold": best.threshold,
+        "iou": total[best].iou,
+        "fold_ious": [fold[best.threshold].iou for fold in folds],
+        "by_threshold": [{"threshold": choice.threshold, "iou": found.iou} for choice, found in total.items()],
+    }
+
+
+def _spread(each: Sequence[Probabilities], threshold: float) -> Figures:
+    """Return how far seeds differ where one of them or more sees a mitochondrion."""
+    n_voxels, n_disputed, total = 0, 0, 0.0
+    for slices in zip(*each, strict=True):
+        stacked = np.stack(slices)
+        votes = (stacked >= threshold).sum(axis=0)
+        some = votes > 0
+        n_voxels += int(some.sum())
+        n_disputed += int((some & (votes < len(each))).sum())
+        total += float(stacked.std(axis=0, ddof=1, dtype=np.float64)[some].sum()) if len(each) > 1 else 0.0
+    is_known = len(each) > 1 and n_voxels > 0
+    return {
+        "voxels_that_a_seed_calls_foreground": n_voxels,
+        "mean_sd_there": total / n_voxels if is_known else None,
+        "share_disputed_there": n_disputed / n_voxels if is_known else None,
+    }
+
+
+def _transferred(probabilities: Probabilities, stack: Stack) -> Figures:
+    """Return the IoU at 0.5, and the best that a threshold could reach if the truth were known."""
+    found = threshold_scores(probabilities, stack.require_labels())
+    best = best_choice({Choice(threshold=t): counts for t, counts in found.items()}).threshold
+    return {
+        "at_0.5": _ratios(found[0.5]),
+        "upper_bound_with_threshold_chosen_on_test": {"threshold": best} | _ratios(found[best]),
+        "by_threshold": [{"threshold": t, "iou": counts.iou} for t, counts in found.items()],
+    }
