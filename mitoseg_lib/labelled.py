@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from mitoseg_lib.tiff import VoxelSize
 __all__ = ["LabelledStack", "Parts", "hold_out", "read_labelled"]
 
 ENOUGH_SLICES = 20  # with fewer, a block of slices would be a poor sample, and each slice is wanted for training
-VALIDATION_SLICES, VALIDATION_PLANE = 0.15, 0.25  # share of the slices, or of the rows or columns
+VALIDATION_SLICES = 0.15
+VALIDATION_PLANE = {"quarter": 0.25, "half": 0.5}  # of the columns or rows; halves for a single mitochondrion
+PLANE_AXES = ((2, "columns", ("right", "left")), (1, "rows", ("lower", "upper")))
 GAP_NM = 50  # as `block_split` has on EPFL's stacks: 10 slices of 5 nm
 GAP_PIXELS = 32  # between the parts of a plane
 ENOUGH_FOREGROUND = 0.5  # of the whole stack's share, that each part should have
@@ -124,7 +127,7 @@ def hold_out(stack: Stack) -> Parts:
     Of 20 slices or more the last ones (15 %; `mitoseg_lib.splits.block_split`, with a gap of 50 nm, but of a fifth of
     the slices at most). Of fewer, the right quarter of each slice, with a gap of 32 pixels (or a 16th of the width). If
     either part would have less than half of the stack's share of foreground, the part at the other end of the axis is
-    tried, then the lower and the upper quarter; if all have less, the least poor is taken.
+    tried, then the lower and the upper quarter, then halves; if all have less, the least poor is taken.
 
     Parameters
     ----------
@@ -207,15 +210,15 @@ def _ways(stack: Stack) -> Iterator[tuple[str, Index, Index]]:
         for end, (train, validation) in zip(("last", "first"), _both_ends(split, depth), strict=True):
             found = f"{validation.start} to {validation.stop - 1}; {gap} beside them are left unused"
             yield f"the {end} slices ({found})", *_index(0, train, validation)
-    for axis, names, ends in ((2, "columns", ("right", "left")), (1, "rows", ("lower", "upper"))):
+    for share, (axis, names, ends) in itertools.product(VALIDATION_PLANE, PLANE_AXES):
         length = stack.shape[axis]
         if length < 2:
             continue
         gap = min(GAP_PIXELS, length // 16)
-        split = block_split(length, validation=VALIDATION_PLANE, gap=gap)
+        split = block_split(length, validation=VALIDATION_PLANE[share], gap=gap)
         for end, (train, validation) in zip(ends, _both_ends(split, length), strict=True):
             found = f"{validation.stop - validation.start} of {length} {names}; {gap} beside them are left unused"
-            yield f"the {end} quarter of each slice ({found})", *_index(axis, train, validation)
+            yield f"the {end} {share} of each slice ({found})", *_index(axis, train, validation)
 
 
 def _both_ends(split: Split, length: int) -> Iterator[tuple[slice, slice]]:

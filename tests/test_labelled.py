@@ -89,7 +89,7 @@ def test_another_voxel_size_is_resampled_in_the_plane_alone(tmp_path, size):
     assert found.stack.voxel_size_nm == pytest.approx((size[0], 5, 5))
     scale = size[1] * size[2] / 25
     assert found.stack.labels.sum() == pytest.approx((grey > 128).sum() * scale, rel=0.04)
-    assert found.stack.labels.sum() == pytest.approx((found.stack.image > 128).sum(), rel=0.03)
+    assert found.stack.labels.sum() == pytest.approx((found.stack.image > 120).sum(), rel=0.03)
     centre = ndimage.center_of_mass(found.stack.labels[1])
     expected = [(c + 0.5) * edge / 5 - 0.5 for c, edge in zip((37, 62), size[1:], strict=True)]
     assert centre == pytest.approx(expected, abs=0.3)
@@ -195,6 +195,7 @@ def test_of_fewer_the_right_quarter_of_each_slice_is_held_out(depth, width, vali
         (np.s_[:, 10:20, :60], np.s_[:, :, :25], "left quarter"),  # nothing in the right quarter
         (np.s_[:, ::2, 40:60], np.s_[:, 30:], "lower quarter"),  # in the middle of the columns only
         (np.s_[:, :20, 40:60], np.s_[:, :10], "upper quarter"),
+        (np.s_[:, 12:28, 40:60], np.s_[:, 20:], "lower half"),  # in the middle
     ],
 )
 def test_the_part_is_where_there_is_enough_foreground(where, held_out, words):
