@@ -8,13 +8,11 @@ on another. The folder of the training holds its checkpoints while it goes on, a
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,13 +23,14 @@ from mitoseg_lib.grey import GreyRange
 from mitoseg_lib.inference import choose_threshold, is_bf16_native, predict_stack
 from mitoseg_lib.labelled import Parts, hold_out, read_labelled
 from mitoseg_lib.metrics import Scores, scores
-from mitoseg_lib.models import LITE0, EncoderUNet, UNet, encoder_unet
+from mitoseg_lib.models import EncoderUNet, UNet
 from mitoseg_lib.patches import MiddleSlices, PatchDataset, train_augmentation
-from mitoseg_lib.prediction import ASSUMED_NM, choose_device
+from mitoseg_lib.prediction import choose_device
 from mitoseg_lib.stacks import Stack
+from mitoseg_lib.starts import Start, choose_start
 from mitoseg_lib.tiff import VoxelSize
 from mitoseg_lib.training import History, TrainingInterrupted, TrainingSettings, fit
-from mitoseg_lib.weights import WeightsError, load_weights, save_weights, shipped_weights
+from mitoseg_lib.weights import save_weights
 
 __all__ = [
     "EPOCHS",
@@ -43,7 +42,6 @@ __all__ = [
 ]
 
 MODEL_FILE, HISTORY_FILE, CHECKPOINTS = "model.safetensors", "history.csv", "checkpoints"
-IMAGENET = "imagenet"
 # 600 steps in all: with chapter 7's network and patches, some five minutes on two cores.
 EPOCHS, STEPS, BATCH_SIZE, PATCH_SIZE = 20, 30, 6, 160
 SMALLEST_PATCH = 96  # of smaller slices; a network that halves its input five times sees nothing in less
@@ -51,7 +49,7 @@ SMALLEST_PATCH = 96  # of smaller slices; a network that halves its input five t
 RATE_FROM_IMAGENET, RATE_FROM_MODEL = 2e-3, 5e-4
 ENCODER_RATE = 0.3  # better than 1 on all four folds of the ladder
 CONTRAST = 0.2
-FOREGROUND_SHARE = 0.5  # of the patches, that hold some for certain: labels may be sparse
+FOREGROUND_SHARE = 1 / BATCH_SIZE  # a patch a step holds some for certain, however sparse labels are
 LARGEST_WATCHED = 2**22  # voxels that are looked at after each epoch
 
 
@@ -61,15 +59,10 @@ class FineTuningOptions:
 
     Attributes
     ----------
-    encoder
-        Its name for `mitoseg_lib.models.encoder_unet`; by default that of the weights, else "efficientnet_lite0".
-    weights
-        A file that `mitoseg_lib.weights.save_weights` wrote; "imagenet" for an encoder that knows photographs, under a
-        decoder at random. None: the model that comes with the library where it is there and has this encoder, else
-        ImageNet.
+    encoder, weights
+        See `mitoseg_lib.starts.choose_start`.
     neighbours
-        Whether the network sees the slices above and below, too: only sensible if the slices lie one above the other.
-        None: as in the weights; from ImageNet, if there are three slices or more.
+        See `mitoseg_lib.starts.Start.set_neighbours`.
     epochs
         Of 30 steps of 6 patches, whatever the size of the stack.
     seed
@@ -123,18 +116,6 @@ class FineTuned:
 
 
 @dataclass(frozen=True)
-class _Start:
-    """What a training starts from."""
-
-    model: EncoderUNet | UNet
-    encoder: str | None  # as `save_weights` wants it
-    words: str
-    threshold: float | None = None  # of a trained model
-    voxel_size_nm: VoxelSize = ASSUMED_NM
-    grey_range: GreyRange | None = None
-
-
-@dataclass(frozen=True)
 class FineTuningPlan:
     """What `plan_finetuning` decided; nothing was trained or written yet.
 
@@ -156,7 +137,7 @@ class FineTuningPlan:
 
     parts: Parts
     grey_range: GreyRange | None
-    start: _Start
+    start: Start
     options: FineTuningOptions
     folder: Path
     notes: tuple[str, ...]
@@ -192,13 +173,13 @@ class FineTuningPlan:
     def _train(self, checkpoints: CheckpointFolder, progress: bool | None) -> FineTuned:
         model, validation = self.start.model.to(choose_device(self.options.device)), self.parts.validation
         before = None
-        if self.start.threshold is not None:
+        if self.start.is_trained:
             before = scores(predict_stack(model, validation.image) >= self.start.threshold, validation.labels)
         history = fit(
             model,
             _patches(self.parts.train, model, self.options.seed),
             validation=_watched(validation),
-            settings=_settings(self.options, from_model=before is not None),
+            settings=_settings(self.options, from_model=self.start.is_trained),
             checkpoints=checkpoints.folder,
             progress=progress,
         )
@@ -256,7 +237,7 @@ def plan_finetuning(
     _require_free(folder, resume)
     choose_device(options.device)
     _settings(options, from_model=False)  # refuses impossible numbers before anything is read
-    start = _start(options)
+    start = choose_start(options.encoder, options.weights, seed=options.seed)
     labelled = read_labelled(
         image,
         labels,
@@ -266,53 +247,12 @@ def plan_finetuning(
         instances=options.instances,
     )
     parts = hold_out(labelled.stack)
-    neighbours = _set_neighbours(start, options.neighbours, labelled.stack.shape[0])
-    seen = "sees each slice with its neighbours" if neighbours else "sees single slices"
+    start.set_neighbours(options.neighbours, depth=labelled.stack.shape[0])
+    seen = "sees each slice with its neighbours" if start.n_slices > 1 else "sees single slices"
     notes = [*labelled.notes, parts.note, f"the network {seen} and starts from {start.words}"]
     if resume:
         notes.append(_on_resumption(folder, options.epochs))
     return FineTuningPlan(parts, labelled.grey_range, start, options, folder, tuple(notes))
-
-
-# --- the start ----------------------------------------------------------------------------------------------
-
-
-def _start(options: FineTuningOptions) -> _Start:
-    """Return the network that is trained; see `FineTuningOptions.weights`."""
-    weights, encoder = options.weights, options.encoder
-    if weights is None and encoder in (None, LITE0):
-        try:
-            weights = shipped_weights()
-        except WeightsError:  # a library without its model can train all the same
-            weights = IMAGENET
-    if weights is None or os.fspath(weights) == IMAGENET:
-        torch.manual_seed(options.seed)
-        name = encoder or LITE0
-        model = encoder_unet(name, weights=IMAGENET, frozen=False)
-        return _Start(model, name, f"{name}'s ImageNet weights, under a decoder at random")
-    model, metadata = load_weights(weights)
-    file = Path(weights).name
-    if encoder not in (None, metadata.encoder):
-        raise WeightsError(
-            f"{file} has the encoder {metadata.encoder!r}, but {encoder!r} was asked for; leave out --encoder, or give"
-            " --weights imagenet."
-        )
-    name = metadata.encoder if isinstance(model, EncoderUNet) else None
-    words = f"{file} ({metadata.encoder})"
-    return _Start(model, name, words, metadata.threshold, metadata.voxel_size_nm, metadata.grey_range)
-
-
-def _set_neighbours(start: _Start, wanted: bool | None, depth: int) -> bool:
-    """Let the network see neighbouring slices or not, and return which; it has the same weights either way."""
-    model = start.model
-    if not isinstance(model, EncoderUNet):
-        if wanted:
-            raise WeightsError(f"{start.words} takes single slices, but neighbours were asked for; leave them out.")
-        return False
-    if wanted is None:
-        wanted = model.n_slices > 1 if start.threshold is not None else depth >= 3
-    model.n_slices = 3 if wanted else 1
-    return wanted
 
 
 # --- the training -------------------------------------------------------------------------------------------

@@ -154,14 +154,12 @@ def found_parameter(found):
 # --- the start
 
 
-@pytest.mark.parametrize(("asked", "depth", "expected"), [(None, 10, 3), (None, 2, 1), (True, 1, 3), (False, 10, 1)])
-def test_from_imagenet_neighbours_are_seen_where_there_are_some(folder, tmp_path, asked, depth, expected):
-    for name in ("image", "labels"):
-        values = read_mask(folder / "labels.tif")[:depth] if name == "labels" else stack_image((depth, 200, 200))
-        save_tiff(tmp_path / f"{name}.tif", values * np.uint8(1))
-    made = plan(tmp_path, tmp_path / "out", weights="imagenet", neighbours=asked)
-    assert made.start.model.n_slices == expected
-    assert any(("its neighbours" if expected == 3 else "sees single slices") in note for note in made.notes)
+def test_a_model_of_another_voxel_size_and_grey_range_is_given_what_it_knows(folder, tmp_path):
+    path = tmp_path / "coarse.safetensors"
+    save_weights(random_unet(width=4), path, threshold=0.3, voxel_size_nm=(5, 10, 10), grey_range=(200, 250))
+    made = plan(folder, tmp_path / "out", weights=path)
+    assert made.parts.train.shape[1] == 100 and made.parts.train.voxel_size_nm == (5, 10, 10)
+    assert made.grey_range == (200, 250) and any("become 200 to 250" in note for note in made.notes)
 
 
 def test_a_trained_model_goes_on_as_it_is(from_imagenet, folder, tmp_path, few_steps):
@@ -171,19 +169,6 @@ def test_a_trained_model_goes_on_as_it_is(from_imagenet, folder, tmp_path, few_s
     assert any("starts from model.safetensors (efficientnet_lite0)" in note for note in made.notes)
     assert load_weights(made.run().model_path)[0].n_slices == 3
     assert plan(folder, tmp_path / "other", weights=weights, neighbours=False).start.model.n_slices == 1
-
-
-def test_without_weights_it_starts_from_the_shipped_model_or_from_imagenet(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("mitoseg_lib.weights.bundled_folder", lambda: tmp_path)
-    made = plan(folder, tmp_path / "out", weights=None)
-    assert "ImageNet" in made.notes[-1]
-    (tmp_path / "weights").mkdir()
-    save_weights(made.start.model, tmp_path / "weights" / "efficientnet_lite0.safetensors", threshold=0.4,
-                 encoder="efficientnet_lite0", voxel_size_nm=(5, 10, 10), grey_range=(30, 200))  # fmt: skip
-    made = plan(folder, tmp_path / "out", weights=None)
-    assert "starts from efficientnet_lite0.safetensors" in made.notes[-1] and made.start.threshold == 0.4
-    assert made.parts.train.shape[1] == 100 and made.parts.train.voxel_size_nm == (5, 10, 10)
-    assert "ImageNet" in plan(folder, tmp_path / "out", weights="imagenet").notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ MODULE_ORDER = [
     "writers",
     "prediction",
     "labelled",
+    "starts",
     "interruptions",
     "training.settings",
     "training.history",
