@@ -169,7 +169,10 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Of 30 steps of 6 patches, whatever the size of the stack; 20 take some minutes.")
+        int,
+        typer.Option(
+            min=1, help="Of 30 steps of 6 patches, whatever the size of the stack; 20 take 3 to 5 minutes on 2 cores."
+        ),
     ] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")] = 0,
     voxel_size: Annotated[
@@ -193,10 +196,13 @@ def train(
 ) -> None:
     """Train a model on your own labels, and measure it on a part of them that it hasn't seen.
 
-    Every slice of LABELS must be labelled; ten of 512 x 512 pixels do for a start. Held out are the last slices, or,
-    of fewer than 20, a quarter of each. Stopped by Ctrl-C or a time limit, it goes on by --resume.
+    Every slice of LABELS must be labelled; ten of 512 x 512 pixels do for a start.
+
+    Held out are the last slices, or a quarter of each slice if there are fewer than 20.
 
     Writes DIR/model.safetensors for `mitoseg predict --weights`, and DIR/history.csv.
+
+    Stopped by Ctrl-C or a time limit, it goes on by --resume.
 
     Examples: mitoseg train slices.tif labels.tif --output trained
     mitoseg train slices/ labels/ --output trained2 --voxel-size 8,4,4 --epochs 60

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from small_models import random_unet
 from test_prediction import save_tiff, stack_image
 from test_readers import save_slices, save_zarr
@@ -31,6 +32,14 @@ from mitoseg_lib.training import TrainingInterrupted
 from mitoseg_lib.weights import load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu():
+    """accelerate keeps the device of a process's first training; these ask for the CPU, and others may not have."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +254,13 @@ class EncoderLike(torch.nn.Module):
 )
 def test_patches_are_as_large_as_slices_allow(plane, multiple, side):
     assert finetuning._patch_side(plane, multiple) == side
+
+
+@pytest.mark.parametrize(("steps", "epochs", "share"), [(30, 20, 0.98), (30, 1, 0.6), (2, 3, 0.0), (30, 100, 0.996)])
+def test_the_average_of_weights_looks_back_on_a_twelfth_of_the_steps(monkeypatch, steps, epochs, share):
+    monkeypatch.setattr(finetuning, "STEPS", steps)
+    settings = finetuning._settings(FineTuningOptions(epochs=epochs, device="cpu"), from_model=True)
+    assert settings.averaging == pytest.approx(share) and settings.device == "cpu"
 
 
 def test_folders_and_zarrs_are_trained_on_as_tiffs_are(folder, tmp_path, few_steps):
