@@ -126,12 +126,13 @@ def evaluate_files(
     instances: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """Score a predicted mask in a TIFF against the true one in another.
+    """Score a predicted mask in a file against the true one in another.
 
     Parameters
     ----------
     prediction, truth
-        TIFF files of masks, or with `instances` of numbers of objects; see `mitoseg_lib.masks.read_labels`.
+        Masks, or with `instances` numbers of objects, in a TIFF, a folder of slices or a Zarr; see
+        `mitoseg_lib.masks.read_labels`.
     voxel_size_nm
         Edges of a voxel in nm, (z, y, x). Without it the truth's file counts, and then the prediction's, if it
         states them.
@@ -148,7 +149,7 @@ def evaluate_files(
     StackError
         If a file can't be read as a mask, or their shapes differ.
     """
-    names = tuple(os.path.basename(os.fsdecode(path)) for path in (prediction, truth))
+    names = tuple(os.path.basename(os.path.normpath(os.fsdecode(path))) for path in (prediction, truth))
     (predicted, predicted_nm), (true, true_nm) = (
         read_labels(path, instances=instances) for path in (prediction, truth)
     )

@@ -1,4 +1,4 @@
-"""Masks and instance labels from TIFF files: one rule for which voxels are foreground.
+"""Masks and instance labels from files: one rule for which voxels are foreground.
 
 `mitoseg_lib.stacks` is the door to these names.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mitoseg_lib.errors import FilePath, StackError, StackWarning, named_errors
+from mitoseg_lib.readers import open_reader
 from mitoseg_lib.tiff import VoxelSize, read_volume
 
 # The largest value of a smooth mask. It is one only if it holds 0, this and at least three values between:
@@ -24,13 +25,13 @@ LISTED = 6
 
 
 def read_mask(path: FilePath) -> np.ndarray:
-    """Read a mask of mitochondria from a TIFF.
+    """Read a mask of mitochondria from a TIFF, a folder of slices or a Zarr.
 
     Parameters
     ----------
     path
-        TIFF of one volume with two values, of which the larger is the foreground; usual are 0 and 1, or 0 and
-        255. `read_labels` says what else is accepted.
+        One volume with two values, of which the larger is the foreground; usual are 0 and 1, or 0 and 255.
+        `read_labels` says what else is accepted.
 
     Returns
     -------
@@ -46,14 +47,15 @@ def read_mask(path: FilePath) -> np.ndarray:
 
 
 def read_labels(path: FilePath, *, instances: bool = False) -> tuple[np.ndarray, VoxelSize | None]:
-    """Read a mask, or the numbers of instances, from a TIFF, with the voxel size that the file states.
+    """Read a mask, or the numbers of instances, with the voxel size that the file states.
 
     Parameters
     ----------
     path
-        TIFF of one volume. A mask has two values, of which the larger is the foreground, or one: 0 is all
-        background, 1 or 255 all foreground. Of RGB and RGBA pixels the largest colour counts, and a constant
-        alpha is ignored. A smooth (anti-aliased) mask, which holds 0, the full scale (255, 65535 or, in
+        A TIFF (a single 2D image is a volume of one slice), or what else `mitoseg_lib.readers.open_reader` reads: a
+        folder of grey TIFF or PNG slices, or a Zarr. A mask has two values, of which the larger is the foreground,
+        or one: 0 is all background, 1 or 255 all foreground. Of RGB and RGBA pixels the largest colour counts, and
+        a constant alpha is ignored. A smooth (anti-aliased) mask, which holds 0, the full scale (255, 65535 or, in
         floats, 1) and at least three values between, is cut at half of the full scale, with a `StackWarning`.
     instances
         Whether the values are numbers of objects instead: 0 is background, and each other whole number one
@@ -71,13 +73,24 @@ def read_labels(path: FilePath, *, instances: bool = False) -> tuple[np.ndarray,
     StackError
         If the file is missing or damaged, or holds other values: the message lists them.
     """
-    values, voxel_size_nm = read_volume(path, colour=True)
+    values, voxel_size_nm = _read_values(path)
     with named_errors(path):
         labels, notice = _to_instances(values) if instances else _to_mask(values)
     if notice:
-        name = os.path.basename(os.fsdecode(path))
+        name = os.path.basename(os.path.normpath(os.fsdecode(path)))
         warnings.warn(f"{name} {notice}.", StackWarning, stacklevel=2)
     return labels, voxel_size_nm
+
+
+def _read_values(path: FilePath) -> tuple[np.ndarray, VoxelSize | None]:
+    """Volume, (z, y, x) or a TIFF's (z, y, x, colour), in memory that is the caller's own, and its voxel size."""
+    if not os.path.isdir(path):
+        return read_volume(path, colour=True, one_slice=True)
+    reader = open_reader(path)
+    with named_errors(path):
+        if reader.dtype.kind not in "biuf":
+            raise StackError(f"holds {reader.dtype}, but numbers were expected in a mask; save it as uint8")
+    return reader.read(0, reader.shape[0]), reader.voxel_size_nm
 
 
 # --- masks --------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Random patches of a labelled stack, and their augmentation.
 
 `PatchDataset` cuts patches out of a `Stack`, each from a random place: squares from its slices, or blocks for a 3D
-network. `train_augmentation` changes a square patch and its mask in the ways in which tissue and microscopes vary;
-`turn_block` lays down a block in another way.
+network; `MiddleSlices` makes of blocks what a network with neighbouring slices takes. `train_augmentation` changes a
+square patch and its mask in the ways in which tissue and microscopes vary; `turn_block` lays down a block in another
+way.
 
 The augmentations come from albumentations 2.0.8, which nothing outside this module knows.
 """
@@ -162,6 +163,39 @@ class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"but both must keep the patch's {self.patch_size}; correct the augmentation."
             )
         return image, mask
+
+
+class MiddleSlices(Dataset[tuple[Tensor, Tensor]]):
+    """Patches for a network that sees neighbouring slices: three slices as channels, and the middle one's mask.
+
+    Parameters
+    ----------
+    blocks : PatchDataset
+        Of blocks of three slices, ``patch_size=(3, y, x)``. The stack's first and last slice are never in the middle
+        of a block that lies within it.
+
+    Raises
+    ------
+    ValueError
+        When the blocks are of another depth.
+    """
+
+    def __init__(self, blocks: PatchDataset) -> None:
+        if len(blocks.patch_size) != 3 or blocks.patch_size[0] != 3:
+            raise ValueError(
+                f"The patches have sides {blocks.patch_size}, but blocks of three slices were expected; use for "
+                "example patch_size=(3, 160, 160)."
+            )
+        self.blocks, self.set_epoch = blocks, blocks.set_epoch
+
+    def __len__(self) -> int:
+        """Return the number of patches in an epoch."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return patch number `index` of the current epoch: image (3, y, x) and mask (1, y, x), both float32."""
+        image, mask = self.blocks[index]
+        return image[0], mask[:, 1]
 
 
 class TrainAugmentation:

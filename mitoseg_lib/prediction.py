@@ -27,7 +27,16 @@ from mitoseg_lib.tiff.metadata import VoxelSize
 from mitoseg_lib.weights import load_weights
 from mitoseg_lib.writers import check_target, encode_probabilities, write_slabs
 
-__all__ = ["PredictionPlan", "Segmenter", "plan_prediction", "resample"]
+__all__ = [
+    "ASSUMED_NM",
+    "Conversion",
+    "PredictionPlan",
+    "Segmenter",
+    "choose_conversion",
+    "choose_device",
+    "plan_prediction",
+    "resample",
+]
 
 ASSUMED_NM = (5.0, 5.0, 5.0)
 SLAB = 8  # slices at a time, as many as a chunk of the written Zarr has
@@ -86,7 +95,7 @@ class Segmenter:
         ValueError
             If the device or the threshold can't be had.
         """
-        chosen = _device(device)
+        chosen = choose_device(device)
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"The threshold is {threshold}, but a probability from 0 to 1 was expected; correct it.")
         model, metadata = load_weights(weights)
@@ -111,9 +120,7 @@ class Segmenter:
         """
         plane = image.shape[1:]
         inner = _model_plane(plane, voxel_size_nm, self.voxel_size_nm)
-        if inner != plane:
-            grey = resample(image, inner, cubic=True)
-            image = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+        image = _resample_grey(image, inner)
         window = WINDOW if math.prod(inner) > LARGEST_WHOLE else None
         predict = predict_turned if self.tta else predict_stack
         found = predict(self.model, image, window=window)
@@ -217,16 +224,89 @@ def plan_prediction(
     """
     reader = open_reader(source)
     target = check_target(target, reader.shape, overwrite=overwrite, source=source)
+    found = choose_conversion(reader, segmenter.voxel_size_nm, segmenter.grey_range, voxel_size_nm=voxel_size_nm)
+    notes = list(found.notes)
+    if found.plane != reader.shape[1:]:
+        notes[-1] += ", and the result is brought back"
+    return PredictionPlan(reader, target, segmenter, found.voxel_size_nm, found.grey, tuple(notes), overwrite)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a stack is brought to what a model saw; `choose_conversion` decides it.
+
+    Attributes
+    ----------
+    voxel_size_nm
+        Of the stack as it is, (z, y, x).
+    plane
+        Pixels of a slice, (y, x), with which it has the model's voxel size.
+    grey
+        Transform of its grey levels.
+    notes
+        What the user should know of it, one sentence each.
+    """
+
+    voxel_size_nm: VoxelSize
+    plane: tuple[int, int]
+    grey: GreyTransform
+    notes: tuple[str, ...]
+
+    def apply(self, values: NDArray) -> NDArray[np.uint8]:
+        """Return slices, (z, y, x), as the model takes them; StackError for NaN and infinite values."""
+        return _resample_grey(self.grey.apply(values), self.plane)
+
+
+def choose_conversion(
+    reader: SliceReader,
+    model_size_nm: VoxelSize,
+    grey_range: GreyRange | None,
+    *,
+    voxel_size_nm: VoxelSize | None = None,
+) -> Conversion:
+    """Decide how a stack is brought to the grey levels and, in the plane, the voxel size of a model.
+
+    Parameters
+    ----------
+    reader
+        The stack.
+    model_size_nm
+        The model's voxel size, (z, y, x). Only y and x count, since slices are resampled and no slice is made up.
+    grey_range
+        The model's; see `mitoseg_lib.grey.choose_grey_transform`.
+    voxel_size_nm
+        Of the stack, (z, y, x), instead of what it states itself. Where neither says it, 5 nm is assumed.
+
+    Raises
+    ------
+    StackError
+        If the values are of another type or not finite, or the voxel size can't be meant.
+    """
     size, note = _voxel_size(reader, voxel_size_nm)
-    inner = _model_plane(reader.shape[1:], size, segmenter.voxel_size_nm)
-    grey = choose_grey_transform(reader, segmenter.grey_range)
+    plane = _model_plane(reader.shape[1:], size, model_size_nm)
+    grey = choose_grey_transform(reader, grey_range)
     notes = [f"{reader.name} is {reader.description}: {_times(reader.shape)} voxels, {reader.dtype}", note, str(grey)]
-    if inner != reader.shape[1:]:
-        notes.append(
-            f"slices are resampled to {_times(inner)} pixels of {_times(segmenter.voxel_size_nm[1:])} nm for the model,"
-            " and the result is brought back"
-        )
-    return PredictionPlan(reader, target, segmenter, size, grey, tuple(notes), overwrite)
+    if plane != reader.shape[1:]:
+        notes.append(f"slices are resampled to {_times(plane)} pixels of {_times(model_size_nm[1:])} nm for the model")
+    return Conversion(size, plane, grey, tuple(notes))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that a word stands for: "cpu", "cuda", or "auto", a GPU where there is one that works.
+
+    Raises
+    ------
+    ValueError
+        If it is another word, or a GPU is asked for that isn't there.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"The device is {name!r}, but 'auto', 'cpu' or 'cuda' was expected; choose one of them.")
+    has_gpu = False
+    with suppress(RuntimeError):  # a driver that doesn't work is no GPU
+        has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("The device 'cuda' was asked for, but there is no GPU that works; use --device cpu.")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
 def resample(values: NDArray, plane: tuple[int, int], *, cubic: bool = False) -> NDArray[np.float32]:
@@ -251,6 +331,13 @@ def resample(values: NDArray, plane: tuple[int, int], *, cubic: bool = False) ->
     """
     down, across = (_interpolation(n, new, cubic) for n, new in zip(values.shape[1:], plane, strict=True))
     return np.stack([down @ (across @ grey.T.astype(np.float32)).T for grey in values])
+
+
+def _resample_grey(image: NDArray[np.uint8], plane: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Slices on another grid, as grey levels; those that have it already come back as they are."""
+    if image.shape[1:] == tuple(plane):
+        return image
+    return np.clip(np.rint(resample(image, plane, cubic=True)), 0, 255).astype(np.uint8)
 
 
 def _interpolation(n_in: int, n_out: int, cubic: bool) -> sparse.csr_array:
@@ -308,18 +395,6 @@ def _slab_depth(reader: SliceReader) -> int:
     fitting = LARGEST_SLAB // (math.prod(reader.shape[1:]) * 4)  # as float32, of which there are some copies
     wanted = math.ceil(reader.chunk_depth / SLAB) * SLAB
     return min(wanted, fitting // SLAB * SLAB) or max(1, fitting)
-
-
-def _device(name: str) -> torch.device:
-    """Return the device that a word stands for; ValueError if it isn't there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"The device is {name!r}, but 'auto', 'cpu' or 'cuda' was expected; choose one of them.")
-    has_gpu = False
-    with suppress(RuntimeError):  # a driver that doesn't work is no GPU
-        has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise ValueError("The device 'cuda' was asked for, but there is no GPU that works; use --device cpu.")
-    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
 def _times(numbers: tuple[float, ...]) -> str:

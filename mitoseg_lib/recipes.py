@@ -23,6 +23,7 @@ from mitoseg_lib import mistakes
 from mitoseg_lib.losses import DiceBCELoss, DiceLoss
 from mitoseg_lib.models import UNet, encoder_unet
 from mitoseg_lib.patches import (
+    MiddleSlices,
     PatchDataset,
     elastic_augmentation,
     in_turn,
@@ -178,7 +179,7 @@ class Recipe:
             augmentation=AUGMENTATIONS[self.augmentation](),
         )
         if self.neighbours:
-            return _MiddleSlices(patches)
+            return MiddleSlices(patches)
         return _FixedPatches(patches, length) if self.fixed else patches
 
     def settings(self, seed: int) -> TrainingSettings:
@@ -216,22 +217,6 @@ class _FixedPatches(Dataset[Pair]):
         if not 0 <= index < self.length:
             raise IndexError(f"Patch {index} was asked for, but an epoch has patches 0 to {self.length - 1}.")
         return self.patches[index % len(self.patches)]
-
-
-class _MiddleSlices(Dataset[Pair]):
-    """Blocks of three slices as a network with neighbours takes them: slices as channels, the middle one's mask."""
-
-    def __init__(self, blocks: PatchDataset) -> None:
-        self.blocks, self.set_epoch = blocks, blocks.set_epoch
-
-    def __len__(self) -> int:
-        """Return how many patches make an epoch."""
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> Pair:
-        """Return image (3, y, x) and mask (1, y, x)."""
-        image, mask = self.blocks[index]
-        return image[0], mask[:, 1]
 
 
 def _mistakes() -> dict[str, Recipe]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from small_models import SLOPE, grey_unet
 from typer.testing import CliRunner
 
@@ -341,6 +342,21 @@ def test_a_file_that_cannot_be_compared_is_one_sentence_and_exit_code_1(files, t
         assert (result.exit_code, result.stdout) == (1, ""), result.output
         assert_one_sentence(result.stderr)
         assert words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_evaluate_takes_one_slice_and_folders_and_zarrs(tmp_path, files):
+    single = [write(tmp_path / f"{n}.tif", values[2]) for n, values in enumerate((predicted_mask(), truth_mask()))]
+    found = only_object(evaluate(*single, "--json", "--voxel-size", "5,5,5").stdout)
+    true, predicted = truth_mask()[2] > 0, predicted_mask()[2] > 0
+    assert found["iou"] == (true & predicted).sum() / (true | predicted).sum()
+    for kind, values in (("predicted", predicted_mask()), ("labels", truth_mask())):
+        (tmp_path / kind).mkdir()
+        for number, one in enumerate(values, 8):
+            write(tmp_path / kind / f"z{number}.tif", one)
+    zarr.create_array(tmp_path / "a.zarr", shape=SHAPE, dtype="u1")[...] = truth_mask() // 255
+    expected = evaluate(*files, "--json").stdout
+    assert evaluate(tmp_path / "predicted", tmp_path / "labels", "--json").stdout == expected
+    assert evaluate(tmp_path / "predicted", tmp_path / "a.zarr", "--json").stdout == expected
 
 
 @pytest.mark.parametrize("size", ["5", "5,5", "5,5,5,5", "5,5,0", "5,5,-1", "5,5,nan", "5,5,inf", "a,b,c", ""])

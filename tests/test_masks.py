@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from test_readers import save_ome, save_slices, save_zarr
 from tiff_files import message_of, write
 
 from mitoseg_lib import stacks
@@ -245,7 +246,6 @@ def test_a_smooth_mask_in_colour(tmp_path):
 @pytest.mark.parametrize(
     ("values", "options", "words"),
     [
-        (coloured()[0], {"photometric": "rgb"}, "2D"),
         (coloured(), {"photometric": "minisblack", "planarconfig": "contig"}, "3 samples"),
         (np.zeros((*SHAPE, 5), "uint8"), {"photometric": "rgb"}, "5 samples"),
         (np.zeros((3, *SHAPE), "uint8"), {"metadata": {"axes": "CZYX"}}, "channels"),
@@ -330,6 +330,52 @@ def test_missing_and_damaged_files(tmp_path):
     path = write(tmp_path / "mask.tif", mask())
     path.write_bytes(path.read_bytes()[:9000])
     assert "damaged" in message_of(read_labels, path)
+
+
+# --- other containers
+
+
+@pytest.mark.parametrize("values", [mask()[2], coloured()[2], mask()[2:3]])
+def test_a_single_2d_tiff_is_a_mask_of_one_slice(tmp_path, values):
+    options = {"photometric": "rgb"} if values.shape[-1] == 3 else {}
+    assert (read_mask(write(tmp_path / "mask.tif", values, **options)) == TRUE[2:3]).all()
+
+
+@pytest.mark.parametrize("foreground", [1, 255])
+def test_folders_and_zarrs_hold_masks_by_the_same_rules(tmp_path, foreground):
+    values = mask(foreground)
+    names = [f"slice{number}" for number in range(2, 2 + len(values))]  # slice2 to slice10
+    save_slices(tmp_path / "png", values, names, ".png")
+    save_slices(tmp_path / "tif", values, names, ".tif")
+    save_zarr(tmp_path / "a.zarr", values)
+    save_ome(tmp_path / "ome.zarr", values, scale=(30, 5, 8))
+    for name in ("png", "tif", "a.zarr", "ome.zarr"):
+        found, voxel_size_nm = read_labels(tmp_path / name)
+        assert found.dtype == bool and (found == TRUE).all() and found.flags.writeable
+        assert voxel_size_nm == (pytest.approx((30, 5, 8)) if name == "ome.zarr" else None)
+
+
+def test_a_folder_says_what_is_wrong_as_a_file_does(tmp_path):
+    values = mask()
+    values[3, 7, 9] = 9
+    save_slices(tmp_path / "labels", values, [str(number) for number in range(len(values))], ".png")
+    text = message_of(read_mask, f"{tmp_path / 'labels'}/")
+    assert "holds the values 0, 9, 255" in text
+    save_zarr(tmp_path / "smooth.zarr", smooth())
+    with pytest.warns(StackWarning, match=r"^smooth\.zarr isn't a mask of two values"):
+        assert (read_mask(f"{tmp_path / 'smooth.zarr'}/") == (smooth() >= 128)).all()
+    save_zarr(tmp_path / "c.zarr", values.astype("complex64"))
+    assert "complex" in message_of(read_mask, tmp_path / "c.zarr")
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int64", "uint64", ">u2", "float32"])
+def test_a_zarr_of_any_numbers(tmp_path, dtype):
+    save_zarr(tmp_path / "a.zarr", mask(1, dtype))
+    assert (read_mask(tmp_path / "a.zarr") == TRUE).all()
+    numbers = mask(3, dtype if dtype != "bool" else "uint8")
+    numbers[5, 5, 5] = 1
+    save_zarr(tmp_path / "b.zarr", numbers)
+    assert (read_labels(tmp_path / "b.zarr", instances=True)[0] == numbers).all()
 
 
 def test_stacks_is_the_door():

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mitoseg_lib.patches import PatchDataset, elastic_augmentation, in_turn, rotate, train_augmentation, turn_block
+from mitoseg_lib.patches import (
+    MiddleSlices,
+    PatchDataset,
+    elastic_augmentation,
+    in_turn,
+    rotate,
+    train_augmentation,
+    turn_block,
+)
 from mitoseg_lib.splits import block_split
 from mitoseg_lib.stacks import Stack, StackError
 
@@ -647,3 +655,27 @@ def test_an_augmentation_that_changes_the_shape():
 def test_an_unknown_border():
     with pytest.raises(ValueError, match="'mirror', but it must be 'reflect' or 'constant'"):
         rotate(*example(), 10, border="mirror")
+
+
+# --- neighbouring slices
+
+
+def test_neighbours_are_channels_and_the_mask_is_the_middle_slices():
+    stack = noisy_stack((5, 40, 50))
+    blocks = PatchDataset(stack, patch_size=(3, 16, 24), patches_per_epoch=9, augmentation=train_augmentation(
+        quarter_turns=False, brightness_contrast=0.2))  # fmt: skip
+    middles = MiddleSlices(blocks)
+    assert len(middles) == 9
+    for epoch in (0, 3):
+        middles.set_epoch(epoch)
+        for (image, mask), (block, masks) in ((middles[i], blocks[i]) for i in range(9)):
+            assert (image.shape, mask.shape) == ((3, 16, 24), (1, 16, 24))
+            assert torch.equal(image, block[0]) and torch.equal(mask[0], masks[0, 1])
+    with pytest.raises(IndexError):
+        middles[9]
+
+
+@pytest.mark.parametrize("patch_size", [16, (3, 16), (5, 16, 16), (1, 16, 16)])
+def test_blocks_of_another_depth_have_no_middle_slice(patch_size):
+    with pytest.raises(ValueError, match="but blocks of three slices were expected"):
+        MiddleSlices(PatchDataset(noisy_stack(), patch_size=patch_size, patches_per_epoch=1))

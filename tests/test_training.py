@@ -629,6 +629,7 @@ def test_a_patch_that_does_not_fit_alone_is_an_error():
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"schedule": "cosine"}, "schedule is 'cosine'.*one-cycle, constant"),
+        ({"device": "tpu"}, "device is 'tpu'.*auto, cpu, cuda"),
         ({"precision": "half"}, "precision is 'half'"),
         ({"seed": -1}, "seed is -1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),

@@ -43,7 +43,9 @@ READ_SIZE = 2**24  # bytes in one call
 JPEG_COMPRESSIONS = {6, 7, 33007, 34892}
 
 
-def read_volume(path: FilePath, *, colour: bool = False) -> tuple[np.ndarray, VoxelSize | None]:
+def read_volume(
+    path: FilePath, *, colour: bool = False, one_slice: bool = False
+) -> tuple[np.ndarray, VoxelSize | None]:
     """Read a TIFF as one volume.
 
     Parameters
@@ -54,6 +56,8 @@ def read_volume(path: FilePath, *, colour: bool = False) -> tuple[np.ndarray, Vo
         'white is zero' are not applied.
     colour
         Whether a volume of RGB or RGBA pixels is accepted as well.
+    one_slice
+        Whether a single 2D image is accepted, as a volume of one slice.
 
     Returns
     -------
@@ -74,7 +78,7 @@ def read_volume(path: FilePath, *, colour: bool = False) -> tuple[np.ndarray, Vo
         with open(path, "rb", buffering=0) as stream:
             file = TiffFile(stream)
             pages = list(file.directories())
-            layout, description = checked_layout(file, pages, colour=colour)
+            layout, description = checked_layout(file, pages, colour=colour, one_slice=one_slice)
             return read_layout(file, layout), stated_voxel_size(pages[0], description)
 
 

@@ -50,7 +50,7 @@ class Training:
 
     def __init__(self, model: nn.Module, train: Dataset, validation: Stack, settings: TrainingSettings) -> None:
         # accelerate's own mixed precision would replace the model's forward, and be fixed for the process's life.
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=settings.device == "cpu")
         self.settings, self.train_set, self.validation = settings, train, validation
         self.batches = Batches(train, settings.batch_size, self.accelerator)
         seed_everything(settings.seed + self.accelerator.process_index)

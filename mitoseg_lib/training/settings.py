@@ -12,6 +12,7 @@ from mitoseg_lib.losses import DiceBCELoss
 Loss = Callable[[Tensor, Tensor], Tensor]
 SCHEDULES = ("one-cycle", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class TrainingSettings:
         Steps between checkpoints within an epoch; there is always one at its end.
     workers : int, optional
         Processes that prepare patches; by default none on a CPU, and up to 8 for a GPU. Results don't depend on it.
+    device : {"auto", "cpu", "cuda"}
+        "auto" takes a GPU if there is one, and "cpu" leaves it alone. All trainings of one process need the same.
     """
 
     epochs: int
@@ -60,6 +63,7 @@ class TrainingSettings:
     precision: str = "auto"
     checkpoint_every: int = 500
     workers: int | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
@@ -74,7 +78,7 @@ class TrainingSettings:
             raise ValueError(f"encoder_rate is {self.encoder_rate}, but it must lie in (0, 1]; use for example 0.1.")
         if not 0 <= self.averaging < 1:
             raise ValueError(f"averaging is {self.averaging}, but it must lie in [0, 1); use 0, or for example 0.99.")
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("device", DEVICES)):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but it must be one of {', '.join(choices)}; choose one."
