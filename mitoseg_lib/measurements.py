@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from mitoseg_lib.calibration import reliability
 from mitoseg_lib.choices import Choice, best_choice, scores_of_choices
+from mitoseg_lib.error_kinds import KINDS, errors_by_kind
 from mitoseg_lib.files import write_whole
 from mitoseg_lib.inference import median_filter_z, threshold_scores
 from mitoseg_lib.instances import label_instances, match_objects
@@ -33,9 +34,18 @@ from mitoseg_lib.runs import RESULTS
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.surfaces import boundary_iou
-from mitoseg_lib.trained import KEPT, WAYS, Bench, Probabilities
+from mitoseg_lib.trained import KEPT, REPEATED, WAYS, Bench, Probabilities
 
-__all__ = ["KEPT", "MEASUREMENTS", "Measured", "Measurement", "measure", "measurement_path", "read_measurement"]
+__all__ = [
+    "KEPT",
+    "MEASUREMENTS",
+    "REPEATED",
+    "Measured",
+    "Measurement",
+    "measure",
+    "measurement_path",
+    "read_measurement",
+]
 
 FROM_PHANTOM = "lite0-imagenet-finetuned"  # the recipe that is trained on the phantom, too, in a folder of its own
 BLOCKS, BLOCK_SLICES = 3, 11  # of the test stack, for robustness: a fifth of it, with neighbours
@@ -136,7 +146,7 @@ def measure(name: str, *, data: str = "epfl", folder: Path = RESULTS, progress: 
                 f"{described['name']} was asked for; name another folder for it."
             )
         return found
-    bench = Bench(data, trained_on["name"], folder)
+    bench = Bench(data, trained_on["name"], folder, measurement.of)
     with tqdm(desc=name, unit=" predictions", disable=None if progress is None else not progress) as bar:
         bench.after_each = bar.update
         figures = measurement.function(bench)
@@ -159,7 +169,7 @@ def measure(name: str, *, data: str = "epfl", folder: Path = RESULTS, progress: 
 
 def _robustness(bench: Bench) -> Figures:
     """Every change at every strength, on some blocks of the test stack."""
-    trained, choice, way = bench.trained(KEPT, 0), bench.choice, bench.way
+    trained, choice, way = bench.trained(bench.name, 0), bench.choice, bench.way
     test = bench.stack("test")
     blocks = _blocks(len(test.image))
     some = test.slices([z for block in blocks for z in block])
@@ -189,7 +199,7 @@ def _test_tuning(bench: Bench) -> Figures:
     """What threshold and median look like when they are chosen on the test stack, which they must not be."""
     choice, truth, rows = bench.choice, bench.stack("test").require_labels(), []
     for seed in bench.seeds:
-        probabilities = bench.on_test(bench.trained(KEPT, seed), bench.way)
+        probabilities = bench.on_test(bench.trained(bench.name, seed), bench.way)
         found = scores_of_choices(probabilities, truth, turned=choice.turned)
         best = best_choice(found)
         ious = {"iou": found[choice].iou, "iou_chosen_on_test": found[best].iou}
@@ -207,36 +217,63 @@ def _test_tuning(bench: Bench) -> Figures:
 
 
 def _calibration(bench: Bench) -> Figures:
-    """Reliability of one seed, of the mean over seeds, and of the mean over eight turns; no median."""
+    """Reliability of one seed, of the mean over seeds where there are several, and over eight turns; no median."""
     truth, seeds = bench.stack("test").require_labels(), bench.seeds
-    trained = [bench.trained(KEPT, seed) for seed in seeds]
+    trained = [bench.trained(bench.name, seed) for seed in seeds]
     plain = [bench.on_test(one, "plain") for one in trained]
-    rows = {
-        "one seed": (seeds[:1], plain[0]),
-        "mean over seeds": (seeds, _mean(plain)),
-        "mean over 8 turns": (seeds[:1], bench.on_test(trained[0], "turned")),
-    }
-    return {"rows": [{"predicted": name, "seeds": of} | _bins(found, truth) for name, (of, found) in rows.items()]}
+    rows = {"one seed": (seeds[:1], plain[0])}
+    if len(seeds) > 1:
+        rows["mean over seeds"] = (seeds, _mean(plain))
+    rows["mean over 8 turns"] = (seeds[:1], bench.on_test(trained[0], "turned"))
+    return {"rows": [{"way": name, "seeds": of} | _bins(found, truth) for name, (of, found) in rows.items()]}
 
 
-def _seeds_and_views(bench: Bench) -> Figures:
-    """Each way to predict, of each seed and of their ensemble; at each threshold, since a way may want its own."""
-    choice, truth, seeds = bench.choice, bench.stack("test").require_labels(), bench.seeds
-    trained, rows, spread = [bench.trained(KEPT, seed) for seed in seeds], [], {}
-    for way in WAYS:
-        found = partial(map, bench.on_test, trained, [way] * len(trained))
-        if way == bench.way:
-            spread = _spread(list(found()), choice.threshold)
+def _seeds(bench: Bench) -> Figures:
+    """Each seed and their ensemble, and how far they differ."""
+    found = _in_ways(bench, ["plain"])
+    each = [bench.on_test(bench.trained(bench.name, seed), "plain") for seed in bench.seeds]
+    return found | {"spread": _spread(each, bench.choice.threshold)}
+
+
+def _views(bench: Bench) -> Figures:
+    """Each way to predict."""
+    return _in_ways(bench, list(WAYS))
+
+
+def _in_ways(bench: Bench, ways: Sequence[str]) -> Figures:
+    """Some ways to predict, of each seed and of their ensemble; at each threshold, since a way may want its own."""
+    choice, truth, rows = bench.choice, bench.stack("test").require_labels(), []
+    trained = [bench.trained(bench.name, seed) for seed in bench.seeds]
+    for way in ways:
+        found = [bench.on_test(one, way) for one in trained]
         for median in sorted({1, choice.median}):
-            over_seeds = _over_seeds(list(found()), truth, Choice(False, median, choice.threshold))
+            over_seeds = _over_seeds(found, truth, Choice(False, median, choice.threshold))
             rows.append({"predicted": way, "median": median} | over_seeds)
-    return {"choice": dataclasses.asdict(choice), "seeds": seeds, "rows": rows, "spread": spread}
+    return {"choice": dataclasses.asdict(choice), "seeds": bench.seeds, "rows": rows}
+
+
+def _error_kinds(bench: Bench) -> Figures:
+    """How many objects and voxels are wrong in which way, and what the IoU would be without them."""
+    choice, seed = bench.choice, bench.seeds[0]
+    mask = _mask(bench.on_test(bench.trained(bench.name, seed), bench.way), choice)
+    found = errors_by_kind(mask, bench.stack("test").require_labels())
+    rows = [
+        {
+            "kind": kind,
+            "objects": found.objects[kind],
+            "added": found.added[kind],
+            "lacking": found.lacking[kind],
+            "iou_without": found.iou_without(kind),
+        }
+        for kind in KINDS
+    ]
+    return {"choice": dataclasses.asdict(choice), "seed": seed, "iou": found.iou, "rows": rows}
 
 
 def _boundary(bench: Bench) -> Figures:
     """How much of the error lies at boundaries, and what one pixel of boundary costs."""
     truth, choice, seed = bench.stack("test").require_labels(), bench.choice, bench.seeds[0]
-    mask = _mask(bench.on_test(bench.trained(KEPT, seed), bench.way), choice)
+    mask = _mask(bench.on_test(bench.trained(bench.name, seed), bench.way), choice)
     objects = match_objects(label_instances(mask), label_instances(truth))
     square = np.ones((1, 3, 3), bool)  # rows and columns, as in boundary_iou
     grown = ndimage.binary_dilation(truth, square)
@@ -279,7 +316,7 @@ def _views_on_folds(bench: Bench) -> Figures:
 def _transfer_to_phantom(bench: Bench) -> Figures:
     """A model of tissue on the phantom."""
     stack = bench.stack("test", data="phantom")
-    return _transferred(bench.predict(bench.trained(KEPT, 0), stack.image, "plain"), stack)
+    return _transferred(bench.predict(bench.trained(bench.name, 0), stack.image, "plain"), stack)
 
 
 def _transfer_from_phantom(bench: Bench) -> Figures:
@@ -298,22 +335,27 @@ class Measurement:
         What it is for, in a few words.
     function : callable
         Makes it.
+    of : str
+        The recipe whose models are measured.
     on_phantom : bool
         It is always measured on the phantom.
     """
 
     shows: str
     function: Callable[[Bench], Figures]
+    of: str = KEPT
     on_phantom: bool = False
 
 
 MEASUREMENTS: dict[str, Measurement] = {
     "robustness": Measurement("IoU under changes of the image", _robustness),
-    "test-tuning": Measurement("what it feigns to choose on the test stack", _test_tuning),
+    "test-tuning": Measurement("what it feigns to choose on the test stack", _test_tuning, of=REPEATED),
     "calibration": Measurement("whether probabilities mean what they say", _calibration),
-    "seeds-and-views": Measurement("seeds, their ensemble, eight turns, three views", _seeds_and_views),
+    "seeds": Measurement("seeds and their ensemble", _seeds, of=REPEATED),
+    "views": Measurement("eight turns, three views", _views),
+    "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds, of=REPEATED),
     "boundary": Measurement("how much of the error lies at boundaries", _boundary),
-    "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds),
+    "error-kinds": Measurement("errors by kind", _error_kinds),
     "transfer-to-phantom": Measurement("from tissue to the phantom", _transfer_to_phantom, on_phantom=True),
     "transfer-from-phantom": Measurement("from the phantom to tissue", _transfer_from_phantom),
 }

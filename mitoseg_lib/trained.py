@@ -25,9 +25,10 @@ from mitoseg_lib.runs import RESULTS, Preset, read_run, run_path
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.weights import load_weights
 
-__all__ = ["KEPT", "Bench", "Trained"]
+__all__ = ["KEPT", "REPEATED", "Bench", "Trained"]
 
-KEPT = "ladder-finetuned"  # the recipe whose models are measured
+KEPT = "ladder-longer"  # the best recipe, whose model is shipped
+REPEATED = "ladder-both"  # the best that a CPU can train with several seeds
 SEEDS = (0, 1, 2)
 WAYS = {"plain": predict_stack, "turned": predict_turned, "views": predict_views}
 KEPT_PREDICTIONS = 4  # of the last ones, in memory: 0.5 GB each for EPFL's stack
@@ -83,6 +84,8 @@ class Bench:
         What the runs must say that they were trained on.
     folder : Path
         Of the recorded runs.
+    name : str
+        The recipe whose models are measured.
     after_each : callable
         Called after each prediction.
     used : dict
@@ -92,13 +95,14 @@ class Bench:
     data: str
     trained_on: str
     folder: Path
+    name: str = KEPT
     after_each: Callable[[], object] = lambda: None
     used: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
-        """The kept one."""
-        return recipe_named(KEPT)
+        """The one that is measured."""
+        return recipe_named(self.name)
 
     @property
     def choice(self) -> Choice:
@@ -112,8 +116,8 @@ class Bench:
 
     @property
     def seeds(self) -> list[int]:
-        """Those of the kept recipe that have weights."""
-        return [seed for seed in SEEDS if weights_path(KEPT, seed, self.folder).is_file()] or [SEEDS[0]]
+        """Those of the recipe that have weights."""
+        return [seed for seed in SEEDS if weights_path(self.name, seed, self.folder).is_file()] or [SEEDS[0]]
 
     def stack(self, part: str, *, data: str | None = None) -> Stack:
         """Return the labelled stack ``"train"`` or ``"test"``, by default of the data that is measured on."""

@@ -1,6 +1,7 @@
 """A folder of recorded runs with small trained models, for tests of what is measured of them."""
 
 import dataclasses
+import itertools
 
 from small_models import grey_unet, random_unet
 
@@ -8,13 +9,15 @@ from mitoseg_lib.choices import Choice, write_choices
 from mitoseg_lib.datasets import describe_example
 from mitoseg_lib.measurements import FROM_PHANTOM
 from mitoseg_lib.metrics import Scores
+from mitoseg_lib.recipes import recipe_named
 from mitoseg_lib.recording import weights_path
 from mitoseg_lib.runs import RESULTS, read_run
-from mitoseg_lib.trained import KEPT
+from mitoseg_lib.trained import KEPT, REPEATED
 from mitoseg_lib.weights import save_weights
 
 CHOICE = Choice(median=3, threshold=0.4)  # what the folds' figures say below
 SEEDS = (0, 2)
+FOLDS_OF = {recipe_named(name).chosen_on for name in (KEPT, REPEATED)}
 LEVELS = {1: 80, 2: 100, 3: 110, 4: 130}  # of the folds' models: what is brighter is foreground
 
 
@@ -28,17 +31,17 @@ def write_run(folder, name, seed, model, data=None):
 
 
 def write_choice(folder, choice=CHOICE):
-    for k in LEVELS:
+    for name, k in itertools.product(FOLDS_OF, LEVELS):
         found = {Choice(): Scores(5, 5, 0, 90), choice: Scores(9, 1, 0, 90)}
-        write_choices(f"{KEPT}-fold-{k}", 0, found, folder)
+        write_choices(f"{name}-fold-{k}", 0, found, folder)
 
 
 def write_runs(folder):
     """All that any measurement needs."""
     write_choice(folder)
-    for seed in SEEDS:
-        write_run(folder, KEPT, seed, random_unet(seed))
+    for name, seed in itertools.product((KEPT, REPEATED), SEEDS):
+        write_run(folder, name, seed, random_unet(seed))
     for k, level in LEVELS.items():
-        write_run(folder, f"{KEPT}-fold-{k}", 0, grey_unet(level))
+        write_run(folder, f"{REPEATED}-fold-{k}", 0, grey_unet(level))
     write_run(folder / "phantom", FROM_PHANTOM, 0, grey_unet(100))
     return folder

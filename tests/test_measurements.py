@@ -19,6 +19,7 @@ from mitoseg_lib import measurements, trained
 from mitoseg_lib.calibration import reliability
 from mitoseg_lib.choices import Choice
 from mitoseg_lib.datasets import describe_example
+from mitoseg_lib.error_kinds import errors_by_kind
 from mitoseg_lib.inference import predict_stack, predict_turned, predict_views
 from mitoseg_lib.measurements import FROM_PHANTOM, MEASUREMENTS, Measured, measure, measurement_path, read_measurement
 from mitoseg_lib.metrics import iou, scores
@@ -27,7 +28,7 @@ from mitoseg_lib.recording import weights_path
 from mitoseg_lib.robustness import CHANGES
 from mitoseg_lib.runs import run_path
 from mitoseg_lib.splits import cross_validation_folds
-from mitoseg_lib.trained import KEPT, Bench
+from mitoseg_lib.trained import KEPT, REPEATED, Bench
 from mitoseg_lib.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_stacks")
@@ -168,7 +169,8 @@ def test_without_weights_a_sentence_names_the_command_that_makes_them(tmp_path, 
     write_choice(tmp_path)
     with pytest.raises(ValueError, match="weights are needed; make them with `mitoseg run") as raised:
         measure(name, data="phantom", folder=tmp_path)
-    run = {"views-on-folds": f"{KEPT}-fold-1", "transfer-from-phantom": FROM_PHANTOM}.get(name, KEPT)
+    others = {"views-on-folds": f"{REPEATED}-fold-1", "transfer-from-phantom": FROM_PHANTOM}
+    run = others.get(name, MEASUREMENTS[name].of)
     where = tmp_path / "phantom" if name == "transfer-from-phantom" else tmp_path
     assert f"`mitoseg run {run} --seed 0 --data phantom --output {where}`" in str(raised.value)
     assert not measurement_path(name, tmp_path).exists()
@@ -190,7 +192,7 @@ def test_weights_without_their_sum_or_their_run_are_not_used(few, lost):
 
 def test_without_the_folds_figures_a_sentence_names_the_command(tmp_path):
     write_run(tmp_path, KEPT, 0, random_unet())
-    with pytest.raises(ValueError, match=rf"`mitoseg run {KEPT}-fold-1 --seed 0`"):
+    with pytest.raises(ValueError, match=rf"`mitoseg run {RECIPES[KEPT].chosen_on}-fold-1 --seed 0`"):
         measure("boundary", data="phantom", folder=tmp_path)
 
 
@@ -223,12 +225,12 @@ def test_predictions_are_shared_until_the_weights_change(few, monkeypatch):
     monkeypatch.setitem(trained.WAYS, "plain", counted)
     trained._test_probabilities.cache_clear()
     measure("boundary", data="phantom", folder=few)
-    measure("test-tuning", data="phantom", folder=few)
-    assert len(asked) == len(SEEDS)
+    measure("error-kinds", data="phantom", folder=few)
+    assert len(asked) == 1
     write_run(few, KEPT, 0, random_unet(7))
     measurement_path("boundary", few).unlink()
     measure("boundary", data="phantom", folder=few)
-    assert len(asked) == len(SEEDS) + 1
+    assert len(asked) == 2
 
 
 # --- figures
@@ -285,6 +287,7 @@ def test_calibration_is_that_of_one_seed_of_the_mean_and_of_turns(folder, figure
     expected = [each[0], np.mean(each, axis=0), probabilities(folder, predict_turned)]
     rows = figures["calibration"]["rows"]
     assert [row["seeds"] for row in rows] == [[0], [0, 2], [0]]
+    assert [row["way"] for row in rows] == ["one seed", "mean over seeds", "mean over 8 turns"]
     for row, values in zip(rows, expected, strict=True):
         by_hand = reliability(values, TRUTH)
         assert row["expected_calibration_error"] == pytest.approx(by_hand.expected_calibration_error, abs=1e-6)
@@ -294,10 +297,11 @@ def test_calibration_is_that_of_one_seed_of_the_mean_and_of_turns(folder, figure
             assert np.allclose(shown, getattr(by_hand, key), atol=1e-3, equal_nan=True)
 
 
-def test_seeds_and_views_are_measured_in_each_way(folder, figures):
-    found = figures["seeds-and-views"]
+@pytest.mark.parametrize(("name", "shown"), [("seeds", ["plain"]), ("views", ["plain", "turned", "views"])])
+def test_seeds_and_views_are_measured_in_each_way(folder, figures, name, shown):
+    found = figures[name]
     ways = {"plain": predict_stack, "turned": predict_turned, "views": predict_views}
-    assert [(row["predicted"], row["median"]) for row in found["rows"]] == [(way, m) for way in ways for m in (1, 3)]
+    assert [(row["predicted"], row["median"]) for row in found["rows"]] == [(way, m) for way in shown for m in (1, 3)]
     assert found["seeds"] == list(SEEDS)
     for row in found["rows"]:
         each = [probabilities(folder, ways[row["predicted"]], seed=seed) for seed in SEEDS]
@@ -315,18 +319,34 @@ def test_seeds_and_views_are_measured_in_each_way(folder, figures):
 def test_the_spread_is_that_of_seeds_where_one_of_them_sees_something(folder, figures):
     each = np.stack([probabilities(folder, seed=seed) for seed in SEEDS])
     votes = (each >= np.float32(CHOICE.threshold)).sum(axis=0)
-    found = figures["seeds-and-views"]["spread"]
+    found = figures["seeds"]["spread"]
     assert found["voxels_that_a_seed_calls_foreground"] == (votes > 0).sum() > 0
     assert found["mean_sd_there"] == pytest.approx((np.abs(each[0] - each[1]) / np.sqrt(2))[votes > 0].mean(), rel=1e-4)
     assert found["share_disputed_there"] == pytest.approx((votes == 1).sum() / (votes > 0).sum())
 
 
 def test_one_seed_has_no_spread(few):
+    weights_path(REPEATED, SEEDS[1], few).unlink()
     weights_path(KEPT, SEEDS[1], few).unlink()
-    found = measure("seeds-and-views", data="phantom", folder=few).figures
+    found = measure("seeds", data="phantom", folder=few).figures
     assert found["seeds"] == [0] and {row["sd"] for row in found["rows"]} == {None}
     assert all(row["ensemble"] == row["ious"][0] == row["mean"] for row in found["rows"])
     assert (found["spread"]["mean_sd_there"], found["spread"]["share_disputed_there"]) == (None, None)
+    rows = measure("calibration", data="phantom", folder=few).figures["rows"]
+    assert [row["way"] for row in rows] == ["one seed", "mean over 8 turns"]
+
+
+def test_error_kinds_are_those_of_the_mask(folder, figures):
+    found = figures["error-kinds"]
+    mask = filtered(probabilities(folder)) >= CHOICE.threshold
+    by_hand = errors_by_kind(mask, TRUTH)
+    assert [row["kind"] for row in found["rows"]] == list(by_hand.voxels)
+    assert [row["added"] + row["lacking"] for row in found["rows"]] == [*by_hand.voxels.values()]
+    assert sum(row["added"] for row in found["rows"]) == (mask & ~TRUTH).sum() > 0
+    assert sum(row["lacking"] for row in found["rows"]) == (~mask & TRUTH).sum()
+    assert [row["objects"] for row in found["rows"]] == [*by_hand.objects.values()]
+    assert found["iou"] == pytest.approx(iou(mask, TRUTH), abs=1e-6) and found["seed"] == SEEDS[0]
+    assert all(row["iou_without"] >= found["iou"] for row in found["rows"])
 
 
 def test_boundary_leaves_bands_out_and_says_what_a_pixel_costs(folder, figures):
@@ -365,7 +385,7 @@ def test_views_on_folds_are_pooled_over_what_validates(folder, figures):
     found = {}
     for k, fold in zip(LEVELS, folds, strict=True):
         part = train.slices(fold.validation)
-        found[k] = predict_stack(loaded(folder, f"{KEPT}-fold-{k}"), part.image), part.labels
+        found[k] = predict_stack(loaded(folder, f"{REPEATED}-fold-{k}"), part.image), part.labels
     for row in rows[:2]:
         counts = {
             t: [scores(filtered(values, row["median"]) >= np.float32(t), truth) for values, truth in found.values()]
