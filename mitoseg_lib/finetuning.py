@@ -51,6 +51,8 @@ ENCODER_RATE = 0.3  # better than 1 on all four folds of the ladder
 CONTRAST = 0.2
 AVERAGED = 1 / 12  # of all steps, on which the moving average of the weights looks back
 FOREGROUND_SHARE = 1 / BATCH_SIZE  # a patch a step holds some for certain, however sparse labels are
+# A part held out may show two mitochondria: a threshold beyond these would be luck, and miss or invent others.
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(4, 17))  # 0.2 to 0.8
 LARGEST_WATCHED = 2**22  # voxels that are looked at after each epoch
 
 
@@ -92,7 +94,7 @@ class FineTuned:
     model_path
         Of the trained model.
     threshold
-        With which the model is best on the validation part; it is in the file, too.
+        From 0.2 to 0.8, with which the model is best on the validation part; it is in the file, too.
     validation
         Scores on the validation part, at that threshold.
     before
@@ -185,7 +187,7 @@ class FineTuningPlan:
             progress=progress,
         )
         probabilities = predict_stack(model, validation.image)
-        threshold = choose_threshold(probabilities, validation.labels)
+        threshold = choose_threshold(probabilities, validation.labels, candidates=THRESHOLDS)
         write_whole(self.folder / HISTORY_FILE, _as_csv(history))
         save_weights(
             model,

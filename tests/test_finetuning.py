@@ -115,7 +115,7 @@ def test_train_says_what_was_decided_and_how_good_it_is(from_imagenet, folder):
     found = scores(predict_stack(model, validation.image) >= metadata.threshold, validation.labels)
     stated = re.match(r"IoU (\S+) on the part held out, at threshold (\S+), which was chosen there$", said)
     assert float(stated[1]) == pytest.approx(found.iou, abs=0.01)  # the file has 16-bit weights
-    assert float(stated[2]) == metadata.threshold and found.iou > 0.3
+    assert float(stated[2]) == metadata.threshold and 0.2 <= metadata.threshold <= 0.8 and found.iou > 0.3
     assert where == f"model written to {target / 'model.safetensors'}; use it with"
     assert sorted(os.listdir(target)) == ["history.csv", "model.safetensors", "model.safetensors.sha256"]
     assert shlex.split(command)[:3] == ["mitoseg", "predict", str(folder / "image.tif")]
