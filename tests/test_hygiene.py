@@ -39,6 +39,7 @@ MODULE_ORDER = [
     "surfaces",
     "models",
     "inference",
+    "streams",
     "calibration",
     "checkpoints",
     "weights",
