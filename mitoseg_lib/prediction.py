@@ -131,7 +131,7 @@ class Segmenter:
         plane = tuple(plane)
         inner = _model_plane(plane, voxel_size_nm, self.voxel_size_nm)
         size = min(SLAB, _fitting(shape) or 1)
-        found = self._predicted((_resampled_grey(slab, inner) for slab in slabs), depth, size)
+        found = self._predicted((_resample_grey(slab, inner) for slab in slabs), depth, size)
         median = self.median_for(voxel_size_nm)
         if median > 1:
             blocks = overlapping_blocks(found, depth, size=size, reach=median // 2, mode="symmetric")
@@ -295,9 +295,9 @@ def resample(values: NDArray, plane: tuple[int, int], *, cubic: bool = False) ->
     return np.stack([down @ (across @ grey.T.astype(np.float32)).T for grey in values])
 
 
-def _resampled_grey(image: NDArray[np.uint8], plane: tuple[int, ...]) -> NDArray[np.uint8]:
+def _resample_grey(image: NDArray[np.uint8], plane: tuple[int, ...]) -> NDArray[np.uint8]:
     """Slices on another grid, as grey levels; those that have it already come back as they are."""
-    if image.shape[1:] == plane:
+    if image.shape[1:] == tuple(plane):
         return image
     return np.clip(np.rint(resample(image, plane, cubic=True)), 0, 255).astype(np.uint8)
 
