@@ -30,7 +30,7 @@ from mitoseg_lib.stacks import Stack
 from mitoseg_lib.starts import Start, choose_start
 from mitoseg_lib.tiff import VoxelSize
 from mitoseg_lib.training import History, TrainingInterrupted, TrainingSettings, fit
-from mitoseg_lib.weights import save_weights
+from mitoseg_lib.weights import MaskRule, save_weights
 
 __all__ = [
     "EPOCHS",
@@ -192,7 +192,7 @@ class FineTuningPlan:
         save_weights(
             model,
             self.folder / MODEL_FILE,
-            threshold=threshold,
+            rule=MaskRule(threshold),
             encoder=self.start.encoder,
             voxel_size_nm=validation.require_voxel_size(),
             grey_range=self.grey_range,

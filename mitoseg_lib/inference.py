@@ -61,7 +61,8 @@ def predict_stack(
         `n_slices` is 3 is given each slice with its neighbours, (n, 3, y, x); at both ends of the stack the slice
         next to the end stands in for the one that is missing.
     image : ndarray
-        uint8, (z, y, x), of any size.
+        uint8, (z, y, x), of any size. Or slices that have their neighbours with them, as channels in the order of z:
+        (z, 3, y, x) for a model whose `n_slices` is 3, so that a part of a stack needn't end like a whole one.
     batch_size : int, optional
         Slices (or windows) at a time: 1 on the CPU and 4 on a GPU by default. It is halved, again and again if need
         be, when a GPU's memory doesn't suffice.
@@ -84,11 +85,11 @@ def predict_stack(
     Raises
     ------
     ValueError
-        When the image isn't uint8 (z, y, x), or an argument is out of range.
+        When the image isn't uint8 of such a shape, or an argument is out of range.
     RuntimeError
         When not even one slice (or window) fits into a GPU's memory.
     """
-    _check_image(image)
+    _check_image(image, getattr(model, "n_slices", 1))
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but it must be 1 or more; correct it.")
     ndim, multiple = getattr(model, "ndim", 2), _size_multiple(model)
@@ -110,9 +111,9 @@ def predict_stack(
             return _predict_slices(predict, slices, batch_size, device=device, progress=progress)
         sides = _window_sides(window, ndim, multiple, image.shape)
         # Padded here, since MONAI can't reflect by more than a side of the volume.
-        padded = _Slices(_pad_to(image, (1,) * (3 - ndim) + sides), n_neighbours)
+        padded = _Slices(_pad_to(image, (1,) * (image.ndim - ndim) + sides), n_neighbours)
         found = _predict_windows(predict, padded, sides, batch_size, device=device, progress=progress)
-        return found[tuple(slice(side) for side in image.shape)]
+        return found[tuple(slice(side) for side in _volume_shape(image))]
 
 
 def predict_turned(
@@ -127,8 +128,8 @@ def predict_turned(
     The slices are flipped and turned by quarter turns, predicted, and the answers are turned back. Eight times the
     time of `predict_stack`, whose parameters and errors hold here, too.
     """
-    _check_image(image)
-    total = np.zeros(image.shape, np.float32)
+    _check_image(image, getattr(model, "n_slices", 1))
+    total = np.zeros(_volume_shape(image), np.float32)
     _add_turned(total, image, partial(predict_stack, model, precision=precision, window=window))
     total /= 8
     return total
@@ -161,7 +162,7 @@ def predict_views(
     ndarray
         float32 in [0, 1], (z, y, x).
     """
-    _check_image(image)
+    _check_image(image, 1)
     total = np.zeros(image.shape, np.float32)
     predict = partial(predict_stack, model, precision=precision, window=window)
     for axes in VIEWS:
@@ -294,12 +295,14 @@ def is_bf16_native(device: torch.device | str = "cpu") -> bool:
 class _Slices:
     """A stack as a 2D model takes it: each slice padded, with so many neighbours on either side as channels."""
 
-    image: NDArray[np.uint8]  # (z, y, x)
+    image: NDArray[np.uint8]  # (z, y, x), or with the neighbours in it already, (z, channels, y, x)
     n_neighbours: int
     multiple: int = 1
 
     def batch(self, start: int, size: int) -> NDArray[np.uint8]:
         """Return (n, channels, y, x)."""
+        if self.image.ndim == 4:
+            return _pad_ends(self.image[start : start + size], (1, 1, self.multiple, self.multiple))
         n, depth = self.n_neighbours, len(self.image)
         around = np.arange(start, min(start + size, depth))[:, None] + np.arange(-n, n + 1)
         reflected = (depth - 1) - np.abs((depth - 1) - np.abs(around))  # 1, 0, 1, ... n - 2, n - 1, n - 2
@@ -312,8 +315,8 @@ def _predict_slices(
     predict: Predictor, slices: _Slices, batch_size: int, *, device: torch.device, progress: bool
 ) -> NDArray[np.float32]:
     """Return the probabilities of a stack whose slices are predicted whole, some at a time."""
-    depth, height, width = slices.image.shape
-    out = np.empty(slices.image.shape, np.float32)
+    depth, height, width = shape = _volume_shape(slices.image)
+    out = np.empty(shape, np.float32)
     start = 0
     with tqdm(total=depth, unit="slice", disable=not progress) as bar:
         while start < depth:
@@ -345,7 +348,7 @@ def _predict_windows(
             volume, sides, size, predict, overlap=OVERLAP, mode="gaussian", sw_device=device, device="cpu"
         )
 
-    out = np.empty(slices.image.shape, np.float32)
+    out = np.empty(_volume_shape(slices.image), np.float32)
     for part in tqdm(range(len(out)) if len(sides) == 2 else [slice(None)], disable=not progress):
         batch = slices.batch(part, 1) if len(sides) == 2 else slices.image[None, None]
         grey = _to_grey(batch, torch.device("cpu"))
@@ -368,7 +371,7 @@ def _add_turned(total: NDArray[np.float32], image: NDArray[np.uint8], predict: C
     """Add the answers to the eight ways to lay down a slice, each turned back."""
     for quarters in range(4):
         for flip in (slice(None), slice(None, None, -1)):
-            turned = np.ascontiguousarray(np.rot90(image, quarters, axes=(1, 2))[:, flip])
+            turned = np.ascontiguousarray(np.rot90(image, quarters, axes=(-2, -1))[..., flip, :])
             total += np.rot90(predict(turned)[:, flip], -quarters, axes=(1, 2))
 
 
@@ -408,7 +411,7 @@ def _window_sides(
     sides = (window,) * ndim if isinstance(window, int | np.integer) else tuple(window)
     if len(sides) != ndim or any(side < 1 for side in sides):
         raise ValueError(f"window is {window}, but {ndim} sides of 1 or more were expected; use for example 128.")
-    fitting = (min(side, n) for side, n in zip(sides, shape[3 - ndim :], strict=True))
+    fitting = (min(side, n) for side, n in zip(sides, shape[-ndim:], strict=True))
     return tuple(-(-side // multiple) * multiple for side in fitting)
 
 
@@ -449,9 +452,15 @@ def _counts_between(thresholds: list[float], probabilities: NDArray, truth: NDAr
     return counts.reshape(-1, 2)
 
 
-def _check_image(image: NDArray) -> None:
+def _volume_shape(image: NDArray) -> tuple[int, ...]:
+    """Return (z, y, x) of slices, with or without their neighbours as channels."""
+    return (len(image), *image.shape[-2:])
+
+
+def _check_image(image: NDArray, n_slices: int) -> None:
     """Raise a ValueError for what isn't a stack's image."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
+    is_image = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0
+    if not is_image or not (image.ndim == 3 or (image.ndim == 4 and image.shape[1] == n_slices > 1)):
         what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(
             f"The image is {what}, but uint8 (z, y, x) was expected; pass stack.image, or image[None] for one slice."

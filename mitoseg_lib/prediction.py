@@ -1,13 +1,14 @@
 """From a stack in a file to a mask in a file: what ``mitoseg predict`` does.
 
-Slices pass through some at a time: read, brought to the model's grey levels and voxel size, predicted, brought back
-to the stack's own grid, and written. So memory doesn't grow with the number of slices.
+Slices pass through some at a time: read, brought to the model's grey levels and voxel size, predicted, filtered along
+z, brought back to the stack's own grid, and written. So memory doesn't grow with the number of slices; and each is
+predicted once, although what becomes of it depends on slices of the slabs before and after.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from mitoseg_lib.errors import FilePath, StackError, named_errors
 from mitoseg_lib.grey import GreyRange, GreyTransform, choose_grey_transform
 from mitoseg_lib.inference import predict_stack, predict_turned
 from mitoseg_lib.readers import SliceReader, open_reader
+from mitoseg_lib.streams import median_of_blocks, median_slices, overlapping_blocks
 from mitoseg_lib.tiff.metadata import VoxelSize
 from mitoseg_lib.weights import load_weights
 from mitoseg_lib.writers import check_target, encode_probabilities, write_slabs
@@ -63,6 +65,9 @@ class Segmenter:
         See `mitoseg_lib.grey.choose_grey_transform`.
     tta
         Test-time augmentation: predict each slice in 8 orientations and average; 8 times as slow.
+    median
+        Slices of a median along z that the probabilities go through before the threshold, for voxels of the model's
+        size; 1 for none. Of thicker slices it takes fewer; see `mitoseg_lib.streams.median_slices`.
     """
 
     model: nn.Module
@@ -70,6 +75,7 @@ class Segmenter:
     threshold: float = 0.5
     grey_range: GreyRange | None = None
     tta: bool = False
+    median: int = 1
 
     @classmethod
     def load(
@@ -105,26 +111,55 @@ class Segmenter:
                 "mitoseg_lib.inference.predict_stack with it, or use another file."
             )
         threshold = metadata.threshold if threshold is None else threshold
-        return cls(model.to(chosen), metadata.voxel_size_nm, threshold, metadata.grey_range, tta)
+        return cls(model.to(chosen), metadata.voxel_size_nm, threshold, metadata.grey_range, tta, metadata.median)
 
     def probabilities(self, image: NDArray[np.uint8], voxel_size_nm: VoxelSize) -> NDArray[np.float32]:
-        """Return the probabilities of some slices on their own grid.
+        """Return the probabilities of a whole stack on its own grid; parameters as for `stream`."""
+        return np.concatenate(list(self.stream([image], image.shape, voxel_size_nm)))
+
+    def stream(
+        self, slabs: Iterable[NDArray[np.uint8]], shape: tuple[int, ...], voxel_size_nm: VoxelSize
+    ) -> Iterator[NDArray[np.float32]]:
+        """Yield the probabilities of a stack on its own grid, some slices at a time.
+
+        They are those of `mitoseg_lib.inference.predict_stack` and `mitoseg_lib.inference.median_filter_z` for the
+        whole stack, for slabs of any depths.
 
         Parameters
         ----------
-        image
-            uint8 (z, y, x), with grey levels as the model saw them.
+        slabs
+            uint8 (z, y, x), with grey levels as the model saw them, one after the other from the first slice.
+        shape
+            Of the whole stack.
         voxel_size_nm
-            Of the slices, (z, y, x). Another size in the plane than the model's is resampled, and the probabilities
-            are resampled back; z stays as it is, since the model sees one slice at a time.
+            Of the stack, (z, y, x). Another size in the plane than the model's is resampled, and what the model and
+            the median say is resampled back. Along z nothing is resampled: a model that sees the slices above and
+            below sees them farther apart than in its training if they are thicker, and nearer if they are thinner.
         """
-        plane = image.shape[1:]
+        depth, *plane = shape
+        plane = tuple(plane)
         inner = _model_plane(plane, voxel_size_nm, self.voxel_size_nm)
-        image = _resample_grey(image, inner)
-        window = WINDOW if math.prod(inner) > LARGEST_WHOLE else None
+        size = min(SLAB, _fitting(shape) or 1)
+        found = self._predicted((_resample_grey(slab, inner) for slab in slabs), depth, size)
+        median = self.median_for(voxel_size_nm)
+        if median > 1:
+            blocks = overlapping_blocks(found, depth, size=size, reach=median // 2, mode="symmetric")
+            found = median_of_blocks(blocks, median)
+        yield from (part if inner == plane else np.clip(resample(part, plane), 0, 1) for part in found)
+
+    def median_for(self, voxel_size_nm: VoxelSize) -> int:
+        """Return over how many slices the median is taken in a stack with such voxels, (z, y, x)."""
+        return median_slices(self.median, self.voxel_size_nm[0], voxel_size_nm[0])
+
+    def _predicted(self, slabs: Iterable[NDArray[np.uint8]], depth: int, size: int) -> Iterator[NDArray[np.float32]]:
+        """Yield the model's probabilities of slices on its own grid, so many at a time."""
         predict = predict_turned if self.tta else predict_stack
-        found = predict(self.model, image, window=window)
-        return found if inner == plane else np.clip(resample(found, plane), 0, 1)
+        n_slices = getattr(self.model, "n_slices", 1)
+        for block in overlapping_blocks(slabs, depth, size=size, reach=n_slices // 2, mode="reflect"):
+            window = WINDOW if math.prod(block.shape[1:]) > LARGEST_WHOLE else None
+            if n_slices > 1:  # each slice with its neighbours as channels, without a copy
+                block = np.moveaxis(np.lib.stride_tricks.sliding_window_view(block, n_slices, axis=0), -1, 1)
+            yield predict(self.model, block, window=window)
 
 
 @dataclass(frozen=True)
@@ -163,7 +198,7 @@ class PredictionPlan:
         """
         shape = self.reader.shape
         with tqdm(total=shape[0], unit="slice", disable=not progress) as bar:
-            found = self._slabs(bar)
+            found = self._watched(self.segmenter.stream(self._slabs(), shape, self.voxel_size_nm), bar)
             threshold = np.float32(self.segmenter.threshold)
             slabs = (encode_probabilities(slab) if probabilities else slab >= threshold for slab in found)
             write_slabs(
@@ -175,18 +210,21 @@ class PredictionPlan:
                 overwrite=self.overwrite,
             )
 
-    def _slabs(self, bar: tqdm) -> Iterator[NDArray[np.float32]]:
-        """Probabilities of the whole stack, slab by slab."""
-        depth = self.reader.shape[0]
-        step = _slab_depth(self.reader)
+    def _slabs(self) -> Iterator[NDArray[np.uint8]]:
+        """Grey levels of the whole stack as the model takes them, slab by slab."""
+        depth, step = self.reader.shape[0], _slab_depth(self.reader)
         for start in range(0, depth, step):
             values = self.reader.read(start, min(start + step, depth))
             with named_errors(self.reader.name):
                 image = self.grey.apply(values)
-            for first in range(0, len(image), min(SLAB, step)):
-                part = image[first : first + SLAB]
-                yield self.segmenter.probabilities(part, self.voxel_size_nm)
-                bar.update(len(part))
+            yield image
+
+    @staticmethod
+    def _watched(slabs: Iterable[NDArray], bar: tqdm) -> Iterator[NDArray]:
+        """Hand slabs on, and count their slices."""
+        for slab in slabs:
+            yield slab
+            bar.update(len(slab))
 
 
 def plan_prediction(
@@ -228,6 +266,12 @@ def plan_prediction(
     notes = list(found.notes)
     if found.plane != reader.shape[1:]:
         notes[-1] += ", and the result is brought back"
+    median = segmenter.median_for(found.voxel_size_nm)
+    if median != segmenter.median:
+        notes.append(
+            f"the median along z takes {_slices(median)} of {found.voxel_size_nm[0]:g} nm instead of"
+            f" {_slices(segmenter.median)} of {segmenter.voxel_size_nm[0]:g} nm"
+        )
     return PredictionPlan(reader, target, segmenter, found.voxel_size_nm, found.grey, tuple(notes), overwrite)
 
 
@@ -392,10 +436,19 @@ def _voxel_size(reader: SliceReader, given: VoxelSize | None) -> tuple[VoxelSize
 
 def _slab_depth(reader: SliceReader) -> int:
     """Slices to read at a time: whole chunks of the input, and of the output, if they are small enough."""
-    fitting = LARGEST_SLAB // (math.prod(reader.shape[1:]) * 4)  # as float32, of which there are some copies
+    fitting = _fitting(reader.shape)
     wanted = math.ceil(reader.chunk_depth / SLAB) * SLAB
     return min(wanted, fitting // SLAB * SLAB) or max(1, fitting)
 
 
+def _fitting(shape: tuple[int, ...]) -> int:
+    """Slices that are small enough to be worked on at a time, or 0."""
+    return LARGEST_SLAB // (math.prod(shape[1:]) * 4)  # as float32, of which there are some copies
+
+
 def _times(numbers: tuple[float, ...]) -> str:
     return " x ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers)
+
+
+def _slices(number: int) -> str:
+    return f"{number} slice{'s' if number > 1 else ''}"

@@ -30,7 +30,7 @@ from mitoseg_lib.runs import RESULTS, RecordedRun, read_run, run_path, write_mas
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import History, fit, mean_slice_loss
-from mitoseg_lib.weights import save_weights
+from mitoseg_lib.weights import MaskRule, save_weights
 
 __all__ = ["describe_data", "device_name", "first_choice", "record", "weights_path"]
 
@@ -45,7 +45,8 @@ def record(
     """Make a run, write its file, and return it; a run that is recorded already is read instead.
 
     An interrupted run goes on from its last checkpoint, in ``folder/unfinished/``, when it is asked for again. The
-    trained weights are kept in ``folder/weights/``, as `mitoseg predict --weights` takes them.
+    trained weights are kept in ``folder/weights/``, as `mitoseg predict --weights` takes them; a run whose masks come
+    from means over eight turns needs ``--tta`` there.
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def record(
     if made.model is not None:
         path = weights_path(name, seed, folder)
         path.parent.mkdir(exist_ok=True)
-        save_weights(made.model, path, threshold=run.threshold, encoder=recipe.encoder, grey_range=made.grey_range)
+        save_weights(made.model, path, rule=made.rule, encoder=recipe.encoder, grey_range=made.grey_range)
     run.write(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     return run
@@ -133,6 +134,7 @@ class _Made:
     masks: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
     choices: Choices = field(default_factory=dict)
     model: nn.Module | None = None  # if it can be handed on
+    rule: MaskRule = field(default_factory=MaskRule)
     grey_range: tuple[float, float] | None = None
 
 
@@ -155,6 +157,7 @@ def _make(recipe: Recipe, choice: Choice, seed: int, place: _Place) -> _Made:
     made = _Made(found)
     if isinstance(model, EncoderUNet | UNet):
         made.model, made.grey_range = model, grey_range(train.image)
+        made.rule = MaskRule(measure.choice.threshold, measure.choice.median)
     if recipe.split in FOLDS:
         made.choices = measure.choices(on_validation, validation)
     if recipe.tested:

@@ -28,7 +28,7 @@ from mitoseg_lib.errors import FilePath
 from mitoseg_lib.files import hash_path, write_whole
 from mitoseg_lib.models import EncoderUNet, UNet, encoder_unet
 
-__all__ = ["WeightsError", "WeightsMetadata", "load_weights", "save_weights", "shipped_weights"]
+__all__ = ["MaskRule", "WeightsError", "WeightsMetadata", "load_weights", "save_weights", "shipped_weights"]
 
 KEY, FORMAT = "mitoseg", 1  # of the header; one key, since safetensors writes several in any order
 SHIPPED = "efficientnet_lite0.safetensors"
@@ -39,6 +39,22 @@ KEPT_IN_FULL = ("running_mean", "running_var")
 
 class WeightsError(ValueError):
     """Weights that can't be used: one sentence that says what was found, what was expected, and what to do."""
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How a model's probabilities become a mask, chosen on validation slices.
+
+    Attributes
+    ----------
+    threshold
+        Probability from which a voxel is foreground.
+    median
+        Slices of a median along z before that (`mitoseg_lib.inference.median_filter_z`), odd; 1 for none.
+    """
+
+    threshold: float = 0.5
+    median: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,8 @@ class WeightsMetadata:
         By which the network itself normalises its input, grey levels in [0, 1]; 0 and 1 for a `UNet`.
     voxel_size_nm
         Edges of a voxel in training, (z, y, x).
-    threshold
-        Probability from which a voxel is foreground, chosen on validation slices.
+    threshold, median
+        See `MaskRule`.
     grey_range
         Grey levels (uint8) that 0.1 and 99.9 % of the voxels in training lay below, or None if that isn't known.
     library_version
@@ -71,13 +87,14 @@ class WeightsMetadata:
     threshold: float
     grey_range: tuple[float, float] | None
     library_version: str
+    median: int = 1  # which files don't mention, so those that were written before medians are like those without one
 
 
 def save_weights(
     model: nn.Module,
     path: FilePath,
     *,
-    threshold: float,
+    rule: MaskRule,
     encoder: str | None = None,
     voxel_size_nm: tuple[float, float, float] = (5.0, 5.0, 5.0),
     grey_range: tuple[float, float] | None = None,
@@ -92,7 +109,9 @@ def save_weights(
         An `EncoderUNet`, or a `UNet`.
     path
         Of the file; an existing one is replaced.
-    threshold, voxel_size_nm, grey_range
+    rule
+        How its probabilities become a mask.
+    voxel_size_nm, grey_range
         See `WeightsMetadata`.
     encoder
         Its name, as it was given to `encoder_unet`. Not for a `UNet`.
@@ -107,9 +126,12 @@ def save_weights(
     WeightsError
         If the model is of another kind or another encoder's, or a number is out of range.
     """
-    metadata = _describe(model, threshold, encoder, voxel_size_nm, grey_range)
+    metadata = _describe(model, rule, encoder, voxel_size_nm, grey_range)
     _checked_model(metadata, model.state_dict(), "the model")
-    header = {KEY: json.dumps({"format": FORMAT, **asdict(metadata)})}
+    described = asdict(metadata)
+    if metadata.median == 1:  # as in files from before, so that an older library reads this one, too
+        del described["median"]
+    header = {KEY: json.dumps({"format": FORMAT, **described})}
     tensors = {name: _narrowed(name, tensor) for name, tensor in model.state_dict().items()}
     content = tensors_to_bytes(tensors, metadata=header)
     path = Path(path)
@@ -165,7 +187,7 @@ def shipped_weights() -> Path:
 
 def _describe(
     model: nn.Module,
-    threshold: float,
+    rule: MaskRule,
     encoder: str | None,
     voxel_size_nm: tuple[float, float, float],
     grey_range: tuple[float, float] | None,
@@ -181,7 +203,9 @@ def _describe(
             f"{type(model).__name__} with encoder {encoder!r} was given, but an EncoderUNet with its encoder's name, or"
             " a UNet without one, was expected; correct it."
         )
-    numbers = WeightsMetadata(encoder, options, mean, sd, voxel_size_nm, threshold, grey_range, __version__)
+    numbers = WeightsMetadata(
+        encoder, options, mean, sd, voxel_size_nm, rule.threshold, grey_range, __version__, rule.median
+    )
     return _with_numbers_checked(asdict(numbers), "the model")
 
 
@@ -258,16 +282,18 @@ def _with_numbers_checked(values: dict[str, Any], name: str) -> WeightsMetadata:
     size = tuple(float(edge) for edge in values["voxel_size_nm"])
     threshold, levels = float(values["threshold"]), values["grey_range"]
     levels = None if levels is None else tuple(float(level) for level in levels)
+    median = values.get("median", 1)
     is_wrong = {
         f"the voxel size {size}": len(size) != 3 or not all(math.isfinite(edge) and edge > 0 for edge in size),
         f"the threshold {threshold:g}": not 0 <= threshold <= 1,
+        f"the median of {median!r} slices": not isinstance(median, int) or median < 1 or median % 2 == 0,
         f"the grey range {levels}": levels is not None and not (len(levels) == 2 and 0 <= levels[0] < levels[1] <= 255),
     }
     for what, wrong in is_wrong.items():
         if wrong:
             raise WeightsError(
-                f"{name} has {what}, but (z, y, x) in nm, a probability and two rising grey levels up to 255 were"
-                " expected; correct it."
+                f"{name} has {what}, but (z, y, x) in nm, a probability, an odd number and two rising grey levels"
+                " up to 255 were expected; correct it."
             )
     mean, sd = (tuple(float(number) for number in values[key]) for key in ("mean", "sd"))
     changed = {"voxel_size_nm": size, "threshold": threshold, "grey_range": levels, "mean": mean, "sd": sd}

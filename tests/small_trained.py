@@ -13,7 +13,7 @@ from mitoseg_lib.recipes import recipe_named
 from mitoseg_lib.recording import weights_path
 from mitoseg_lib.runs import RESULTS, read_run
 from mitoseg_lib.trained import KEPT, REPEATED
-from mitoseg_lib.weights import save_weights
+from mitoseg_lib.weights import MaskRule, save_weights
 
 CHOICE = Choice(median=3, threshold=0.4)  # what the folds' figures say below
 SEEDS = (0, 2)
@@ -27,7 +27,7 @@ def write_run(folder, name, seed, model, data=None):
     dataclasses.replace(some, name=name, seed=seed, data=data or describe_example(), test=None).write(folder)
     path = weights_path(name, seed, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(model, path, threshold=0.5)
+    save_weights(model, path, rule=MaskRule(0.5))
 
 
 def write_choice(folder, choice=CHOICE):

@@ -18,7 +18,7 @@ from mitoseg_lib.cli import app
 from mitoseg_lib.readers import open_reader
 from mitoseg_lib.stacks import read_mask
 from mitoseg_lib.surfaces import surface_distance
-from mitoseg_lib.weights import save_weights
+from mitoseg_lib.weights import MaskRule, save_weights
 
 EPFL_FILES = ("training.tif", "training_groundtruth.tif", "testing.tif", "testing_groundtruth.tif")
 
@@ -399,7 +399,7 @@ def test_the_help_of_evaluate_has_examples_and_says_what_boundary_iou_is_not():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "grey.safetensors"
-    save_weights(grey_unet(), path, threshold=0.5)
+    save_weights(grey_unet(), path, rule=MaskRule(0.5))
     return path
 
 
@@ -492,7 +492,7 @@ def test_weights_that_are_not_there_or_changed_are_one_sentence(tmp_path, stack)
     result = predict(tmp_path, "a.tif", "m.tif", "--weights", path)
     assert result.exit_code == 1 and "isn't a file" in result.stderr
     assert_one_sentence(result.stderr)
-    save_weights(grey_unet(), path, threshold=0.5)
+    save_weights(grey_unet(), path, rule=MaskRule(0.5))
     path.write_bytes(path.read_bytes() + b" ")
     result = predict(tmp_path, "a.tif", "m.tif", "--weights", path)
     assert result.exit_code == 1 and "has changed" in result.stderr and not (tmp_path / "m.tif").exists()

@@ -29,7 +29,7 @@ from mitoseg_lib.metrics import scores
 from mitoseg_lib.models import EncoderUNet
 from mitoseg_lib.stacks import read_mask
 from mitoseg_lib.training import TrainingInterrupted
-from mitoseg_lib.weights import load_weights, save_weights
+from mitoseg_lib.weights import MaskRule, load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
     part = np.s_[:10, :200, 200:400]
     save_tiff(place / "image.tif", stack.image[part])
     save_tiff(place / "labels.tif", stack.labels[part] * np.uint8(255))
-    save_weights(random_unet(width=4), place / "unet.safetensors", threshold=0.3, grey_range=(20, 220))
+    save_weights(random_unet(width=4), place / "unet.safetensors", rule=MaskRule(0.3), grey_range=(20, 220))
     return place
 
 
@@ -165,7 +165,7 @@ def found_parameter(found):
 
 def test_a_model_of_another_voxel_size_and_grey_range_is_given_what_it_knows(folder, tmp_path):
     path = tmp_path / "coarse.safetensors"
-    save_weights(random_unet(width=4), path, threshold=0.3, voxel_size_nm=(5, 10, 10), grey_range=(200, 250))
+    save_weights(random_unet(width=4), path, rule=MaskRule(0.3), voxel_size_nm=(5, 10, 10), grey_range=(200, 250))
     made = plan(folder, tmp_path / "out", weights=path)
     assert made.parts.train.shape[1] == 100 and made.parts.train.voxel_size_nm == (5, 10, 10)
     assert made.grey_range == (200, 250) and any("become 200 to 250" in note for note in made.notes)

@@ -39,6 +39,7 @@ MODULE_ORDER = [
     "surfaces",
     "models",
     "inference",
+    "streams",
     "calibration",
     "checkpoints",
     "weights",
@@ -105,7 +106,8 @@ def test_there_are_chapters():
 
 
 def test_the_tracked_tree_is_small():
-    assert sum(path.stat().st_size for path in tracked()) < 45e6
+    shipped = ".safetensors"  # whose size has a test of its own
+    assert sum(path.stat().st_size for path in tracked() if path.suffix != shipped) < 45e6
 
 
 def test_nothing_tracked_names_this_machine_or_a_package_index():

@@ -111,6 +111,35 @@ def test_every_voxel_comes_back_in_its_place(shape, batch_size, ndim, window):
     assert max(n for n, *_ in model.shapes) <= batch_size
 
 
+class ThreeSlices(torch.nn.Module):
+    """Its answer is the slice above less the one below."""
+
+    ndim, n_slices, size_multiple = 2, 3, 4
+
+    def forward(self, grey):
+        assert grey.shape[1] == 3 and all(side % 4 == 0 for side in grey.shape[2:])
+        return 4 * (grey[:, 2:] - grey[:, :1])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("predict", [predict_stack, predict_turned])
+def test_slices_may_bring_their_neighbours(predict, window):
+    image = stack_image((9, 11, 14))
+    whole = predict(ThreeSlices(), image, precision="fp32", window=window)
+    windows = np.lib.stride_tricks.sliding_window_view(image, 3, axis=0)  # of slices 1 to 7, (7, y, x, 3)
+    found = predict(ThreeSlices(), np.moveaxis(windows, -1, 1), precision="fp32", window=window)
+    assert (found.dtype, found.shape) == (np.float32, (7, 11, 14))
+    assert np.array_equal(found, whole[1:-1])
+    expected = 1 / (1 + np.exp(-4 / 255 * (image[2:].astype(float) - image[:-2])))
+    assert np.abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("model", "shape"), [(GreyModel(), (2, 1, 8, 8)), (ThreeSlices(), (2, 2, 8, 8))])
+def test_other_numbers_of_channels_are_refused(model, shape):
+    with pytest.raises(ValueError, match=r"uint8 \(z, y, x\) was expected"):
+        predict_stack(model, np.zeros(shape, np.uint8))
+
+
 def test_the_padding_is_a_reflection_at_the_far_ends():
     seen = []
 

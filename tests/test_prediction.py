@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import os
 
@@ -13,11 +14,13 @@ from scipy import ndimage
 from small_models import SLOPE, grey_unet, random_unet
 from test_readers import save_ome, save_slices, save_zarr
 
-from mitoseg_lib.inference import predict_stack, predict_turned
+from mitoseg_lib.inference import median_filter_z, predict_stack, predict_turned
+from mitoseg_lib.models import calibrate_encoder, encoder_unet
 from mitoseg_lib.prediction import Segmenter, plan_prediction, resample
 from mitoseg_lib.readers import open_reader
 from mitoseg_lib.stacks import StackError, load_stack, read_mask
-from mitoseg_lib.weights import save_weights
+from mitoseg_lib.weights import MaskRule, save_weights
+from mitoseg_lib.writers import encode_probabilities
 
 GREY = Segmenter(grey_unet())
 
@@ -125,6 +128,114 @@ def test_very_large_slices_are_cut_into_windows(tmp_path, monkeypatch):
     expected = predict_stack(model, image, window=32) >= 0.5
     assert np.array_equal(read_mask(tmp_path / "m.tif"), expected)
     assert not np.array_equal(expected, predict_stack(model, image) >= 0.5)
+
+
+# --- neighbours and medians: a stack in slabs is the same as the whole stack
+
+
+@pytest.fixture(scope="module")
+def lite0_neighbours():
+    """At random, but with probabilities that differ from slice to slice."""
+    torch.manual_seed(0)
+    model = encoder_unet("efficientnet_lite0", weights=None, frozen=False, neighbours=True)
+    calibrate_encoder(model, [torch.rand(2, 3, 64, 64)])
+    torch.nn.init.normal_(model.segmentation_head[0].weight, std=0.5)
+    return model.eval()
+
+
+class CountingModel(torch.nn.Module):
+    """Single slices or three, in fp32; says which slices it was asked about, by a number in their corner."""
+
+    ndim, size_multiple = 2, 1
+
+    def __init__(self, n_slices):
+        super().__init__()
+        self.n_slices, self.asked = n_slices, []
+
+    def forward(self, image):
+        self.asked += (image[:, self.n_slices // 2, 0, 0] * 255).round().int().tolist()
+        weights = torch.tensor([3.0, 1.0, -7.0])[: self.n_slices].reshape(1, -1, 1, 1)
+        return (image * weights).sum(1, keepdim=True) * 3 + 1
+
+
+def numbered(depth, plane=(6, 10)):
+    image = np.random.default_rng(depth).integers(0, 256, (depth, *plane), dtype=np.uint8)
+    image[:, 0, 0] = np.arange(depth)
+    return image
+
+
+def whole(model, image, median, size=(5, 5, 5)):
+    """The long way round: all slices in memory, one step after the other."""
+    plane = image.shape[1:]
+    inner = tuple(round(side * edge / 5) for side, edge in zip(plane, size[1:], strict=True))
+    if inner != plane:
+        image = np.clip(np.rint(resample(image, inner, cubic=True)), 0, 255).astype(np.uint8)
+    found = median_filter_z(predict_stack(model, image), median)
+    return found if inner == plane else np.clip(resample(found, plane), 0, 1)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 7, 8, 9, 17])
+@pytest.mark.parametrize("n_slices", [1, 3])
+@pytest.mark.parametrize("median", [1, 3, 7])
+@pytest.mark.parametrize("size", [(5, 5, 5), (5, 10, 2.5)])
+@pytest.mark.parametrize("chunk_depth", [1, 3, 20])
+def test_in_slabs_a_stack_is_predicted_as_the_whole_is(tmp_path, depth, n_slices, median, size, chunk_depth):
+    model, image = CountingModel(n_slices), numbered(depth)
+    segmenter = Segmenter(model, median=median)
+    slabs = (image[z : z + chunk_depth] for z in range(0, depth, chunk_depth))
+    parts = list(segmenter.stream(slabs, image.shape, size))
+    if size == (5, 5, 5):
+        assert model.asked == list(range(depth))  # each slice once
+    assert [len(part) for part in parts[:-1]] == [8] * (len(parts) - 1)  # whole chunks of a Zarr
+    expected = whole(model, image, median, size)
+    assert np.array_equal(np.concatenate(parts), expected)
+    assert np.array_equal(segmenter.probabilities(image, size), expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 9])
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_real_network_with_neighbours_is_the_same_in_slabs(lite0_neighbours, monkeypatch, depth, tta):
+    image = stack_image((depth, 33, 50))
+    predict_whole = predict_turned if tta else predict_stack
+    monkeypatch.setattr("mitoseg_lib.inference.is_bf16_native", lambda device: False)
+    expected = median_filter_z(predict_whole(lite0_neighbours, image), 3)
+    found = Segmenter(lite0_neighbours, median=3, tta=tta).probabilities(image, (5, 5, 5))
+    assert np.array_equal(found, expected)
+    alone = [predict_whole(lite0_neighbours, image[z : z + 1])[0] for z in range(depth)]
+    assert depth == 1 or np.abs(expected - alone).max() > 0.01  # neighbours matter
+
+
+def test_very_large_slices_with_neighbours_are_cut_into_windows(lite0_neighbours, monkeypatch):
+    monkeypatch.setattr("mitoseg_lib.prediction.LARGEST_WHOLE", 1000)
+    monkeypatch.setattr("mitoseg_lib.prediction.WINDOW", 32)
+    image = stack_image((3, 40, 50))
+    expected = predict_stack(lite0_neighbours, image, window=32)
+    assert np.array_equal(Segmenter(lite0_neighbours).probabilities(image, (5, 5, 5)), expected)
+
+
+def test_a_file_is_predicted_with_neighbours_and_median(tmp_path, lite0_neighbours):
+    image = stack_image((19, 32, 40))
+    path = save_tiff(tmp_path / "a.tif", image)
+    segmenter = Segmenter(lite0_neighbours, median=5)
+    expected = median_filter_z(predict_stack(lite0_neighbours, image), 5)
+    threshold = float(np.median(expected))
+    predict(path, tmp_path / "m.zarr", dataclasses.replace(segmenter, threshold=threshold))
+    assert np.array_equal(written(tmp_path / "m.zarr") > 0, expected >= np.float32(threshold))
+    predict(path, tmp_path / "p.tif", segmenter, probabilities=True)
+    assert np.array_equal(written(tmp_path / "p.tif"), encode_probabilities(expected))
+
+
+@pytest.mark.parametrize(("z", "median"), [(5, 7), (5.04, 7), (10, 3), (50, 1), (2, 7)])
+def test_in_thicker_slices_the_median_takes_fewer_and_says_so(tmp_path, z, median):
+    image = numbered(12)
+    path = save_tiff(tmp_path / "a.tif", image)
+    segmenter = Segmenter(CountingModel(1), median=7, threshold=0.995)
+    plan = predict(path, tmp_path / "m.tif", segmenter, voxel_size_nm=(z, 5, 5))
+    expected = whole(CountingModel(1), image, median) >= np.float32(0.995)
+    assert 0.1 < expected.mean() < 0.9 and np.array_equal(read_mask(tmp_path / "m.tif"), expected)
+    notes = [note for note in plan.notes if "median" in note]
+    words = f"takes {median} slice{'s' if median > 1 else ''} of {z:g} nm instead of 7 slices of 5 nm"
+    assert notes == ([] if median == 7 else [f"the median along z {words}"])
 
 
 # --- test-time augmentation
@@ -297,11 +408,12 @@ def test_a_group_of_arrays_and_a_folder_of_colours_are_refused(tmp_path):
 
 def test_a_segmenter_is_what_its_file_says(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_weights(grey_unet(100), path, threshold=0.35, voxel_size_nm=(8, 4, 4), grey_range=(20, 200))
+    save_weights(grey_unet(100), path, rule=MaskRule(0.35, 3), voxel_size_nm=(8, 4, 4), grey_range=(20, 200))
     found = Segmenter.load(path, device="cpu")
     assert (found.threshold, found.voxel_size_nm, found.grey_range, found.tta) == (0.35, (8, 4, 4), (20, 200), False)
     image = stack_image()
-    expected = 1 / (1 + np.exp(-SLOPE * (image / 255 - 100 / 255)))
+    expected = median_filter_z(1 / (1 + np.exp(-SLOPE * (image / 255 - 100 / 255))), 3)
+    assert found.median == 3
     assert np.abs(found.probabilities(image, (8, 4, 4)) - expected).max() < 0.05
     assert Segmenter.load(path, threshold=0.8, tta=True).threshold == 0.8
 
@@ -311,14 +423,14 @@ def test_a_segmenter_is_what_its_file_says(tmp_path):
 )
 def test_impossible_options_are_refused(tmp_path, options, words):
     path = tmp_path / "a.safetensors"
-    save_weights(grey_unet(), path, threshold=0.5)
+    save_weights(grey_unet(), path, rule=MaskRule(0.5))
     with pytest.raises(ValueError, match=words):
         Segmenter.load(path, **options)
 
 
 def test_a_gpu_that_is_not_there_is_a_sentence(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_weights(grey_unet(), path, threshold=0.5)
+    save_weights(grey_unet(), path, rule=MaskRule(0.5))
     if torch.cuda.is_available():
         assert next(Segmenter.load(path, device="cuda").model.parameters()).device.type == "cuda"
         return

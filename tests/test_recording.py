@@ -387,6 +387,8 @@ def test_the_run_on_all_slices_takes_the_choice_that_is_best_on_all_folds(on_fol
     predict = predict_turned if expected.turned else predict_stack
     probabilities = median_filter_z(predict(models[0], test.image, precision="fp32"), expected.median)
     assert run.test["iou"] == scores(probabilities >= expected.threshold, test.labels).iou
+    described = load_weights(weights_path("check", 0, on_folds))[1]
+    assert (described.threshold, described.median) == (expected.threshold, expected.median)
     assert ("8 turns" in run.model) == expected.turned and ("median" in run.model) == (expected.median > 1)
 
 

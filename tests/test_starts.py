@@ -5,7 +5,7 @@ from small_models import grey_unet
 
 from mitoseg_lib.models import EncoderUNet, UNet, encoder_unet
 from mitoseg_lib.starts import choose_start
-from mitoseg_lib.weights import WeightsError, save_weights
+from mitoseg_lib.weights import MaskRule, WeightsError, save_weights
 
 LITE0 = "efficientnet_lite0"
 
@@ -17,8 +17,8 @@ def trained(tmp_path_factory):
     torch.manual_seed(3)
     model = encoder_unet(LITE0, weights=None, frozen=False, neighbours=True)
     details = {"voxel_size_nm": (5, 10, 10), "grey_range": (30, 200)}
-    save_weights(model, folder / "lite0.safetensors", threshold=0.4, encoder=LITE0, **details)
-    save_weights(grey_unet(), folder / "unet.safetensors", threshold=0.5)
+    save_weights(model, folder / "lite0.safetensors", rule=MaskRule(0.4), encoder=LITE0, **details)
+    save_weights(grey_unet(), folder / "unet.safetensors", rule=MaskRule(0.5))
     return folder
 
 

@@ -12,12 +12,12 @@ import mitoseg_lib
 from mitoseg_lib.inference import predict_stack
 from mitoseg_lib.metrics import iou
 from mitoseg_lib.models import UNet, calibrate_encoder, encoder_unet
-from mitoseg_lib.weights import WeightsError, load_weights, save_weights, shipped_weights
+from mitoseg_lib.weights import MaskRule, WeightsError, load_weights, save_weights, shipped_weights
 
 
 def saved(tmp_path, model=None, **options):
     path = tmp_path / "a.safetensors"
-    save_weights(model or random_unet(), path, **({"threshold": 0.4} | options))
+    save_weights(model or random_unet(), path, **({"rule": MaskRule(0.4)} | options))
     return path
 
 
@@ -87,7 +87,7 @@ def test_saved_again_the_file_is_the_same(tmp_path):
     path = saved(tmp_path)
     content = path.read_bytes()
     model, metadata = load_weights(path)
-    again = saved(tmp_path, model, threshold=metadata.threshold)
+    again = saved(tmp_path, model, rule=MaskRule(metadata.threshold))
     assert again.read_bytes() == content
 
 
@@ -105,11 +105,25 @@ def test_the_header_can_be_read_by_anyone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "a.safetensors.sha256"]
 
 
+def test_the_median_comes_back_and_files_without_one_have_none(tmp_path):
+    path = saved(tmp_path, rule=MaskRule(0.4, 7))
+    assert load_weights(path)[1].median == 7 and '\\"median\\": 7' in path.read_bytes()[:5000].decode("latin-1")
+    path = saved(tmp_path)  # as all files from before there were medians
+    assert load_weights(path)[1].median == 1 and b"median" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("median", [0, 2, 7.5, "7", None])
+def test_a_median_that_cannot_be_meant_is_refused(tmp_path, median):
+    path = saved(tmp_path)
+    change_header(path, {"median": median})
+    assert_refused(path, f"a.safetensors has the median of {median!r} slices")
+
+
 def test_the_shipped_model_is_there_or_it_is_said_that_it_is_not(monkeypatch, tmp_path):
     monkeypatch.setattr("mitoseg_lib.weights.bundled_folder", lambda: tmp_path)
     assert_refused(None, "efficientnet_lite0.safetensors isn't there", "--weights")
     (tmp_path / "weights").mkdir()
-    save_weights(grey_unet(), tmp_path / "weights" / "efficientnet_lite0.safetensors", threshold=0.5)
+    save_weights(grey_unet(), tmp_path / "weights" / "efficientnet_lite0.safetensors", rule=MaskRule(0.5))
     assert shipped_weights() == tmp_path / "weights" / "efficientnet_lite0.safetensors"
     assert load_weights()[1].threshold == 0.5
 
@@ -147,6 +161,17 @@ def record(path):
     path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
 
 
+def change_header(path, change):
+    content = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + length])
+    metadata = json.loads(header["__metadata__"]["mitoseg"]) | change
+    header["__metadata__"]["mitoseg"] = json.dumps(metadata)
+    changed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + length :])
+    record(path)
+
+
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"mitoseg": "{}"}, {"mitoseg": '{"format": 2}'}])
 def test_another_programs_safetensors_are_refused(tmp_path, metadata):
     path = tmp_path / "a.safetensors"
@@ -168,14 +193,7 @@ def test_another_kind_of_file_is_refused(tmp_path, content):
 )
 def test_weights_of_another_network_are_refused(tmp_path, change):
     path = saved(tmp_path)
-    content = path.read_bytes()
-    (length,) = struct.unpack_from("<Q", content)
-    header = json.loads(content[8 : 8 + length])
-    metadata = json.loads(header["__metadata__"]["mitoseg"]) | change
-    header["__metadata__"]["mitoseg"] = json.dumps(metadata)
-    changed = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + length :])
-    record(path)
+    change_header(path, change)
     assert_refused(path, "a.safetensors isn't a network on")
 
 
@@ -219,8 +237,11 @@ def test_running_statistics_may_be_larger(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"threshold": 1.5},
-        {"threshold": float("nan")},
+        {"rule": MaskRule(1.5)},
+        {"rule": MaskRule(float("nan"))},
+        {"rule": MaskRule(0.5, 2)},
+        {"rule": MaskRule(0.5, -1)},
+        {"rule": MaskRule(0.5, 3.0)},
         {"voxel_size_nm": (5, 5)},
         {"voxel_size_nm": (5, 0, 5)},
         {"grey_range": (200, 100)},

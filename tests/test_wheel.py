@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mitoseg_lib.stacks import read_mask
+from mitoseg_lib.weights import SHIPPED
+
 ROOT = Path(__file__).resolve().parents[1]
 UV = Path(sys.executable).with_name("uv")
 PROBE = """
@@ -16,6 +19,14 @@ for part in ("train", "test"):
     stack = load_example(part)
     print(part, stack.shape, stack.labels.any(), stack.voxel_size_nm)
 assert "site-packages" in mitoseg_lib.__file__
+"""
+PREDICT = """
+import sys, tifffile
+from mitoseg_lib.cli import app
+from mitoseg_lib.datasets import load_example
+tifffile.imwrite("a.tif", load_example("test").image[:3, :64, :96], photometric="minisblack")
+sys.argv = ["mitoseg", "predict", "a.tif", "m.tif"]
+app()
 """
 
 
@@ -32,10 +43,15 @@ def test_the_wheel_holds_the_library_and_the_data_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "mitoseg_lib/_data/phantom_train.tif" in names
     assert "mitoseg_lib/stacks.py" in names
+    assert {f"mitoseg_lib/_data/weights/{name}" for name in (SHIPPED, f"{SHIPPED}.sha256", "README.md")} <= set(names)
     assert not [n for n in names if not n.startswith(("mitoseg_lib/", "mitoseg_lib-"))]
 
 
-def test_installed_alone_it_loads_the_example(wheel, tmp_path, network_environment):
+def test_the_model_in_it_is_small(wheel):
+    assert zipfile.ZipFile(wheel).getinfo(f"mitoseg_lib/_data/weights/{SHIPPED}").file_size <= 12e6
+
+
+def test_installed_alone_it_loads_the_example_and_predicts(wheel, tmp_path, network_environment):
     python = tmp_path / "empty" / "bin" / "python"
     create = [str(UV), "venv", "--quiet", "--python", sys.executable, str(tmp_path / "empty")]
     install = [str(UV), "pip", "install", "--quiet", "--python", str(python), str(wheel)]
@@ -46,3 +62,6 @@ def test_installed_alone_it_loads_the_example(wheel, tmp_path, network_environme
     loaded = subprocess.run([python, "-c", PROBE], cwd=tmp_path, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
     assert "train (" in loaded.stdout and "test (" in loaded.stdout
+    predicted = subprocess.run([python, "-c", PREDICT], cwd=tmp_path, capture_output=True, text=True)
+    assert (predicted.returncode, predicted.stdout) == (0, "mask written to m.tif\n"), predicted.stderr
+    assert read_mask(tmp_path / "m.tif").shape == (3, 64, 96)

@@ -25,7 +25,7 @@ from mitoseg_lib.patches import PatchDataset, train_augmentation
 from mitoseg_lib.stacks import Stack, load_stack
 from mitoseg_lib.training import TrainingSettings, fit
 from mitoseg_lib.training.loop import Training
-from mitoseg_lib.weights import save_weights
+from mitoseg_lib.weights import MaskRule, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,7 +172,7 @@ def bench_command(folder: Path) -> None:
     for name, (encoder, model) in models.items():
         windows[name] = seconds(lambda model=model: in_windows(model, some), 2) / len(some) * len(image)
         weights = folder / f"{encoder}.safetensors"
-        save_weights(model, weights, threshold=0.5, encoder=encoder)
+        save_weights(model, weights, rule=MaskRule(), encoder=encoder)
         took, gigabytes = command("predict", stack, folder / f"{encoder}.tif", "--weights", weights)
         row(f"MONAI's windows, {name}, {len(image)} slices (from {len(some)})", f"{windows[name]:.0f} s", "")
         row(f"mitoseg predict, {name}, the same, end to end", f"{took:.0f} s", "")
