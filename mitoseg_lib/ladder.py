@@ -86,7 +86,7 @@ def gain(rung: Rung, start: Rung) -> Gain:
 
 
 def ladder_table(rungs: Mapping[str, str], start: str, folder: Path = RESULTS) -> str:
-    """Return a table as text: each rung's IoU on the folds, and its gain over another.
+    """Return a table as text: each rung's IoU on the folds, its gain over another, and the minutes that a fold took.
 
     Parameters
     ----------
@@ -98,8 +98,8 @@ def ladder_table(rungs: Mapping[str, str], start: str, folder: Path = RESULTS) -
         Of the recorded runs.
     """
     width = max(map(len, rungs)) + 2
-    heads = "".join(f"{f'fold {k}':>8s}" for k in range(1, N_FOLDS + 1))
-    lines = [f"{'':{width}s}{heads}{'mean':>8s}{'gain':>16s}{'minutes':>9s}"]
+    heads = "".join(f"{f'#{k}':>6s}" for k in range(1, N_FOLDS + 1))
+    lines = [f"{'':{width}s}{heads}{'mean':>7s}{'gain':>16s}{'min':>5s}"]
     first, shown = read_rung(start, folder), []
     for label, name in rungs.items():
         rung = read_rung(name, folder)
@@ -113,11 +113,11 @@ def ladder_table(rungs: Mapping[str, str], start: str, folder: Path = RESULTS) -
 
 def _row(rung: Rung, start: Rung | None) -> str:
     """Return a rung's figures, and its gain where there is something to compare it with."""
-    cells = "".join(f"{iou:8.3f}" for iou in (*rung.ious, np.mean(rung.ious)))
+    cells = "".join(f"{iou:6.3f}" for iou in rung.ious) + f"{np.mean(rung.ious):7.3f}"
     if start is None or rung.name == start.name:
-        return f"{cells}{'':16s}{rung.seconds / 60:9.1f}"
+        return f"{cells}{'':16s}{rung.seconds / 60:5.0f}"
     found = gain(rung, start)
-    return f"{cells}{f'{found.mean:+.3f} ± {found.sd:.3f}':>16s}{rung.seconds / 60:9.1f}  {found.verdict}"
+    return f"{cells}{f'{found.mean:+.3f} ± {found.sd:.3f}':>16s}{rung.seconds / 60:5.0f}  {found.verdict}"
 
 
 def _plain(found: Choices) -> Choices:

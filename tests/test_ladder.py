@@ -72,8 +72,8 @@ def test_the_table_compares_with_the_start(tmp_path):
     write_folds(tmp_path, "ladder-b", [0.55, 0.64, 0.76, 0.93], seconds=120.0)
     table = ladder_table({"start": "ladder-a", "other": "ladder-b", "third": "ladder-c"}, "ladder-a", tmp_path)
     head, start, other, third, last = table.splitlines()
-    assert head.split() == ["fold", "1", "fold", "2", "fold", "3", "fold", "4", "mean", "gain", "minutes"]
-    assert start.split() == ["start", "0.500", "0.600", "0.700", "0.900", "0.675", "2.5"]
+    assert head.split() == ["#1", "#2", "#3", "#4", "mean", "gain", "min"]
+    assert start.split() == ["start", "0.500", "0.600", "0.700", "0.900", "0.675", "2"]
     assert other.split() == [
         "other",
         "0.550",
@@ -84,7 +84,7 @@ def test_the_table_compares_with_the_start(tmp_path):
         "+0.045",
         "±",
         "0.013",
-        "5.0",
+        "5",
         "better",
     ]
     assert "not run yet" in third and last.startswith("IoU, recorded on ")
