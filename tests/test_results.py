@@ -24,7 +24,9 @@ def test_a_row_of_the_readme_is_the_mean_of_its_recorded_runs(name, train, valid
     found = runs.read_runs(name)
     for shown, part in ((train, "train"), (validation, "validation"), (test, "test")):
         expected = "not run yet"
-        if found:
+        if found and part == "validation" and RECIPES[name].split == "all":
+            expected = "-"  # it trained on all slices but the damaged ones
+        elif found:
             expected = f"{np.mean([getattr(run, part)['iou'] for run in found]):.3f}"
         assert shown == expected
 
