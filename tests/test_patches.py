@@ -17,6 +17,7 @@ from mitoseg_lib.patches import (
     elastic_augmentation,
     in_turn,
     rotate,
+    slice_drift,
     train_augmentation,
     turn_block,
 )
@@ -679,3 +680,52 @@ def test_neighbours_are_channels_and_the_mask_is_the_middle_slices():
 def test_blocks_of_another_depth_have_no_middle_slice(patch_size):
     with pytest.raises(ValueError, match="but blocks of three slices were expected"):
         MiddleSlices(PatchDataset(noisy_stack(), patch_size=patch_size, patches_per_epoch=1))
+
+
+# --- drift from slice to slice
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(6, 7), (1, 6, 7), (5, 6, 7)]))
+def test_drift_changes_grey_levels_slice_by_slice_and_no_mask(seed, shape):
+    rng = np.random.default_rng(seed)
+    image, mask = rng.integers(60, 190, shape, dtype=np.uint8), rng.random(shape) < 0.5
+    before = image.copy()
+    drifted, same = slice_drift(offset=5, gain=0)(image, mask, rng)
+    assert (drifted.dtype, drifted.shape) == (np.uint8, shape) and (same == mask).all() and (image == before).all()
+    by_slice = drifted.astype(int).reshape(-1, 42) - image.reshape(-1, 42)
+    assert all(len(set(differences)) == 1 for differences in by_slice)  # one number a slice
+
+
+def test_slices_drift_apart_by_as_much_as_asked():
+    image = np.full((4000, 1, 2), 128, np.uint8)
+    image[..., 1] = 178
+    mask = np.zeros(image.shape, bool)
+    drifted = slice_drift(offset=4, gain=0.1)(image, mask, np.random.default_rng(0))[0].astype(float)
+    assert drifted[:, 0, 0].std() == pytest.approx(4, rel=0.05)  # at grey level 128 there is only the offset
+    assert (drifted[:, 0, 1] - drifted[:, 0, 0]).std() == pytest.approx(5, rel=0.05)  # 0.1 of the distance of 50
+    neighbours = np.corrcoef(drifted[:-1, 0, 0], drifted[1:, 0, 0])[0, 1]
+    assert abs(neighbours) < 0.05
+
+
+def test_without_drift_nothing_changes_and_extremes_are_cut_off():
+    image = np.array([[[0, 255], [3, 250]]] * 50, np.uint8)
+    mask = image > 100
+    assert (slice_drift(offset=0, gain=0)(image, mask, np.random.default_rng(0))[0] == image).all()
+    strong = slice_drift(offset=200, gain=0)(image, mask, np.random.default_rng(0))[0]
+    assert {0, 255} <= set(strong.ravel().tolist())  # and nothing wraps round
+    assert (strong[:, 0, 0] <= strong[:, 0, 1]).all()
+
+
+def test_drift_can_be_sent_to_workers():
+    image, mask = np.full((3, 4, 4), 100, np.uint8), np.zeros((3, 4, 4), bool)
+    drift = slice_drift()
+    first, second = (
+        one(image, mask, np.random.default_rng(1))[0] for one in (drift, pickle.loads(pickle.dumps(drift)))
+    )
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize("bad", [{"offset": -1}, {"offset": 256}, {"gain": -0.1}, {"gain": 1.1}])
+def test_drift_out_of_range(bad):
+    with pytest.raises(ValueError, match="must lie between 0"):
+        slice_drift(**bad)

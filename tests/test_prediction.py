@@ -15,7 +15,7 @@ from small_models import SLOPE, grey_unet, random_unet
 from test_readers import save_ome, save_slices, save_zarr
 
 from mitoseg_lib.inference import median_filter_z, predict_stack, predict_turned
-from mitoseg_lib.models import calibrate_encoder, encoder_unet
+from mitoseg_lib.models import UNet, calibrate_encoder, encoder_unet
 from mitoseg_lib.prediction import Segmenter, plan_prediction, resample
 from mitoseg_lib.readers import open_reader
 from mitoseg_lib.stacks import StackError, load_stack, read_mask
@@ -416,6 +416,13 @@ def test_a_segmenter_is_what_its_file_says(tmp_path):
     assert found.median == 3
     assert np.abs(found.probabilities(image, (8, 4, 4)) - expected).max() < 0.05
     assert Segmenter.load(path, threshold=0.8, tta=True).threshold == 0.8
+
+
+def test_a_3d_network_is_refused(tmp_path):
+    path = tmp_path / "volume.safetensors"
+    save_weights(UNet(3, width=2, depth=1), path, rule=MaskRule())
+    with pytest.raises(ValueError, match=r"volume\.safetensors holds a 3D network, but one for slices was expected"):
+        Segmenter.load(path)
 
 
 @pytest.mark.parametrize(

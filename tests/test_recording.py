@@ -316,6 +316,17 @@ def test_stopped_in_mid_epoch_it_goes_on_as_if_nobody_had(interrupted, uninterru
     assert not unfinished.exists()
 
 
+def test_a_run_that_went_on_elsewhere_names_both_devices(tmp_path, small_stacks, monkeypatch):
+    monkeypatch.setattr(recording, "choose_threshold", lambda *_: (_ for _ in ()).throw(StopHere()))
+    monkeypatch.setattr(recording, "device_name", lambda: "a GPU")
+    with pytest.raises(StopHere):
+        record("check", 0, data="phantom", folder=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(recording, "_load", coded_stack)
+    run = record("check", 0, data="phantom", folder=tmp_path)
+    assert run.device == f"a GPU, then {recording.device_name()}"
+
+
 def test_stopped_between_the_training_and_the_file_it_is_not_trained_again(
     tmp_path, uninterrupted, small_stacks, monkeypatch
 ):

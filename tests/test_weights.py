@@ -51,6 +51,16 @@ def test_a_unet_comes_back_with_nearly_the_same_probabilities(tmp_path, options)
     assert 0 < np.abs(before - after).mean() < 0.02 * before.std()
 
 
+def test_a_3d_network_comes_back_as_one(tmp_path):
+    torch.manual_seed(0)
+    model = UNet(3, width=8, depth=2, residual=True).eval()
+    found, metadata = load_weights(saved(tmp_path, model))
+    assert found.ndim == 3 and metadata.options["ndim"] == 3 and metadata.options["residual"]
+    volume = torch.rand(1, 1, 8, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(found(volume), model(volume), atol=0.02)
+
+
 def test_a_network_with_neighbours_comes_back_as_one(tmp_path):
     model = encoder_unet("efficientnet_lite0", weights=None, frozen=False, neighbours=True)
     path = saved(tmp_path, model, encoder="efficientnet_lite0")
