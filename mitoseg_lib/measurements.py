@@ -24,6 +24,7 @@ from mitoseg_lib.calibration import reliability
 from mitoseg_lib.choices import Choice, best_choice, scores_of_choices
 from mitoseg_lib.error_kinds import KINDS, errors_by_kind
 from mitoseg_lib.files import write_whole
+from mitoseg_lib.grey import grey_range, to_grey_range
 from mitoseg_lib.inference import median_filter_z, threshold_scores
 from mitoseg_lib.instances import label_instances, match_objects
 from mitoseg_lib.metrics import Scores, scores
@@ -48,9 +49,11 @@ __all__ = [
 ]
 
 FROM_PHANTOM = "lite0-imagenet-finetuned"  # the recipe that is trained on the phantom, too, in a folder of its own
+OF_GREY_LEVELS = ("brightness", "contrast", "noise", "blur")  # changes that leave all voxels where they are
 BLOCKS, BLOCK_SLICES = 3, 11  # of the test stack, for robustness: a fifth of it, with neighbours
 
 Figures = dict[str, Any]
+Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -168,13 +171,25 @@ def measure(name: str, *, data: str = "epfl", folder: Path = RESULTS, progress: 
 
 
 def _robustness(bench: Bench) -> Figures:
-    """Every change at every strength, on some blocks of the test stack."""
+    """Every change at every strength, on some blocks of the test stack; grey levels as they come."""
+    return _under_changes(bench, CHANGES, lambda image: image)
+
+
+def _grey_levels(bench: Bench) -> Figures:
+    """The changes of grey levels, which are brought back to the model's as `mitoseg predict` does."""
+    seen = bench.metadata(bench.trained(bench.name, 0)).grey_range
+    return _under_changes(bench, OF_GREY_LEVELS, lambda image: to_grey_range(grey_range(image), seen).apply(image))
+
+
+def _under_changes(bench: Bench, names: Iterable[str], bring_back: Callable[[Image], Image]) -> Figures:
+    """Scores of a model under some changes, on blocks of the test stack."""
     trained, choice, way = bench.trained(bench.name, 0), bench.choice, bench.way
     test = bench.stack("test")
     blocks = _blocks(len(test.image))
     some = test.slices([z for block in blocks for z in block])
 
-    def predict(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def predict(image: Image) -> NDArray[np.bool_]:
+        image = bring_back(image)
         parts = image.reshape(len(blocks), -1, *image.shape[1:])  # no block is a neighbour of another
         return np.concatenate([_mask(bench.predict(trained, part, way), choice) for part in parts])
 
@@ -185,12 +200,14 @@ def _robustness(bench: Bench) -> Figures:
         "n_slices_of_stack": len(test.image),
         "changes": {
             name: {
-                "title": change.title,
-                "unit": change.unit,
-                "unchanged": change.unchanged,
-                "curve": [{"strength": strength} | _ratios(found) for strength, found in curve(predict, some, change)],
+                "title": CHANGES[name].title,
+                "unit": CHANGES[name].unit,
+                "unchanged": CHANGES[name].unchanged,
+                "curve": [
+                    {"strength": strength} | _ratios(found) for strength, found in curve(predict, some, CHANGES[name])
+                ],
             }
-            for name, change in CHANGES.items()
+            for name in names
         },
     }
 
@@ -349,6 +366,7 @@ class Measurement:
 
 MEASUREMENTS: dict[str, Measurement] = {
     "robustness": Measurement("IoU under changes of the image", _robustness),
+    "grey-levels": Measurement("the same, with grey levels brought back to the model's", _grey_levels),
     "test-tuning": Measurement("what it feigns to choose on the test stack", _test_tuning, of=REPEATED),
     "calibration": Measurement("whether probabilities mean what they say", _calibration),
     "seeds": Measurement("seeds and their ensemble", _seeds, of=REPEATED),

@@ -23,7 +23,7 @@ from mitoseg_lib.recipes import Recipe, recipe_named
 from mitoseg_lib.recording import first_choice, weights_path
 from mitoseg_lib.runs import RESULTS, Preset, read_run, run_path
 from mitoseg_lib.stacks import Stack
-from mitoseg_lib.weights import load_weights
+from mitoseg_lib.weights import WeightsMetadata, load_weights
 
 __all__ = ["KEPT", "REPEATED", "Bench", "Trained"]
 
@@ -143,6 +143,10 @@ class Bench:
         sha256 = hash_path(path).read_text().split()[0]
         self.used[name, seed] = {"name": name, "seed": seed, "trained_on": found, "weights_sha256": sha256}
         return Trained(path, sha256, "fp32" if recipe_named(name).precision == "fp32" else "auto")
+
+    def metadata(self, trained: Trained) -> WeightsMetadata:
+        """Return what a model's file says of it."""
+        return load_weights(trained.path)[1]
 
     def predict(self, trained: Trained, image: NDArray[np.uint8], way: str) -> Probabilities:
         """Return a model's probabilities of an image, in one of the `WAYS`."""

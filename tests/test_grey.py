@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mitoseg_lib.grey import GreyTransform, choose_grey_transform
+from mitoseg_lib.grey import GreyTransform, choose_grey_transform, grey_range, to_grey_range
 from mitoseg_lib.stacks import StackError, to_uint8
 
 
@@ -103,13 +103,23 @@ def test_other_types_get_the_contrast_that_the_model_saw(factor):
 
 
 def test_uint8_that_the_model_knows_stays_as_it_is():
-    for mean, sd in ((130, 30), (100, 30), (160, 25)):
-        values = tissue(np.uint8, mean=mean, sd=sd)
-        assert choose_grey_transform(ArrayReader(values), SEEN) == GreyTransform(None)
-        assert brought(values, SEEN) is values
+    values = tissue(np.uint8, mean=130, sd=30)
+    low, high = grey_range(values)
+    for seen in ((low, high), (low - 5, high + 5), (low + 5, high + 5)):
+        assert choose_grey_transform(ArrayReader(values), seen) == GreyTransform(None)
+        assert brought(values, seen) is values
 
 
-@pytest.mark.parametrize(("mean", "sd"), [(30, 5), (130, 8), (240, 5)])
+@given(st.floats(-60, 60), st.floats(-60, 60))
+def test_only_what_is_near_the_model_s_levels_stays(low, high):
+    levels = (60.0 + low, 200.0 + high)
+    found = to_grey_range(levels, (60.0, 200.0))
+    is_near = max(abs(low), abs(high)) <= 7  # a twentieth of 140
+    assert found == (GreyTransform(None) if is_near else GreyTransform(levels, (60.0, 200.0)))
+    assert to_grey_range(levels, None) == to_grey_range((9.0, 9.0), (60.0, 200.0)) == GreyTransform(None)
+
+
+@pytest.mark.parametrize(("mean", "sd"), [(30, 5), (130, 8), (240, 5), (100, 30), (160, 25)])
 def test_uint8_that_is_too_dark_or_flat_or_bright_is_stretched(mean, sd):
     found = brought(tissue(np.uint8, mean=mean, sd=sd), SEEN)
     assert 100 < found.mean() < 160 and 20 < found.std() < 40

@@ -20,6 +20,7 @@ from mitoseg_lib.calibration import reliability
 from mitoseg_lib.choices import Choice
 from mitoseg_lib.datasets import describe_example
 from mitoseg_lib.error_kinds import errors_by_kind
+from mitoseg_lib.grey import grey_range
 from mitoseg_lib.inference import predict_stack, predict_turned, predict_views
 from mitoseg_lib.measurements import FROM_PHANTOM, MEASUREMENTS, Measured, measure, measurement_path, read_measurement
 from mitoseg_lib.metrics import iou, scores
@@ -29,7 +30,7 @@ from mitoseg_lib.robustness import CHANGES
 from mitoseg_lib.runs import run_path
 from mitoseg_lib.splits import cross_validation_folds
 from mitoseg_lib.trained import KEPT, REPEATED, Bench
-from mitoseg_lib.weights import load_weights
+from mitoseg_lib.weights import MaskRule, load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_stacks")
 
@@ -254,6 +255,21 @@ def test_robustness_is_measured_on_blocks_of_neighbours(folder, figures):
         assert same["iou"] == pytest.approx(expected, abs=1e-6)
         assert len({point["iou"] for point in row["curve"]}) > 1
     assert [point["strength"] for point in found["changes"]["drift"]["curve"]] == [0, 2, 4, 8]
+
+
+def test_grey_levels_are_brought_back_where_they_have_gone_far(few, monkeypatch):
+    """A stack that only became brighter looks to the model as before; without levels in the file nothing is done."""
+    plain = measure("grey-levels", data="phantom", folder=few).figures["changes"]
+    raw = measure("robustness", data="phantom", folder=few).figures["changes"]
+    assert set(plain) == {"brightness", "contrast", "noise", "blur"}
+    assert all(plain[name] == raw[name] for name in plain)
+    levels = grey_range(coded_stack("phantom", "test").image)
+    save_weights(random_unet(0), weights_path(KEPT, 0, few), rule=MaskRule(), grey_range=levels)
+    measurement_path("grey-levels", few).unlink()
+    found = measure("grey-levels", data="phantom", folder=few).figures["changes"]
+    near = {point["strength"]: point["iou"] for point in found["contrast"]["curve"]}
+    assert near[0.6] == pytest.approx(near[1.0], abs=0.02)
+    assert [p["iou"] for p in found["contrast"]["curve"]] != [p["iou"] for p in raw["contrast"]["curve"]]
 
 
 @given(st.integers(1, 200))
