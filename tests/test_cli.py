@@ -134,7 +134,7 @@ def test_run_makes_a_measurement_once_and_says_where_it_is(tmp_path, same_thread
     result = run(*command)
     assert result.exit_code == 0, result.output
     path = tmp_path / "transfer-to-phantom.json"
-    assert result.stdout == f"transfer-to-phantom is measured in {path}, of ladder-finetuned, seed 0\n"
+    assert result.stdout == f"transfer-to-phantom is measured in {path}, of ladder-longer, seed 0\n"
     assert json.loads(path.read_text())["device"].startswith("1 CPU thread (")
     assert "prediction" in result.stderr
     before = path.stat().st_mtime_ns
@@ -147,7 +147,7 @@ def test_a_measurement_without_its_models_is_one_sentence(tmp_path):
     assert (result.exit_code, result.stdout) == (1, "")
     sentence = result.stderr.splitlines(keepends=True)[-1]
     assert_one_sentence(sentence)
-    assert "mitoseg run ladder-finetuned" in sentence and list(tmp_path.iterdir()) == []
+    assert "mitoseg run ladder-" in sentence and list(tmp_path.iterdir()) == []
 
 
 def test_a_measurement_that_is_stopped_is_one_sentence(tmp_path, monkeypatch):
