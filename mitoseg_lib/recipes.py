@@ -365,7 +365,7 @@ def _ladder() -> dict[str, Recipe]:
         for number, split in enumerate(FOLDS, 1):
             shows = f"{rung.shows}, {split}"
             recipes[f"ladder-{name}-fold-{number}"] = replace(rung, shows=shows, split=split, tested=False)
-        # The folds of the long trainings want hours of a GPU; what fits the short one is taken for them until then.
+        # The folds of the long trainings wait for a GPU; what fits the short one is taken for them until then.
         folds = "together" if name in ("longer", "sturdy") else name
         recipes[f"ladder-{name}"] = replace(rung, split="all", chosen_on=f"ladder-{folds}")
     return recipes

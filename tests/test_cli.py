@@ -147,7 +147,7 @@ def test_a_measurement_without_its_models_is_one_sentence(tmp_path):
     assert (result.exit_code, result.stdout) == (1, "")
     sentence = result.stderr.splitlines(keepends=True)[-1]
     assert_one_sentence(sentence)
-    assert "mitoseg run ladder-" in sentence and list(tmp_path.iterdir()) == []
+    assert "mitoseg run ladder-together-fold-1 --seed 0" in sentence and list(tmp_path.iterdir()) == []
 
 
 def test_a_measurement_that_is_stopped_is_one_sentence(tmp_path, monkeypatch):
