@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mitoseg_lib.volumes import Verification, VolumePlan
 
 app = typer.Typer(
     help="Segment mitochondria in electron-microscopy stacks.", no_args_is_help=True, add_completion=False
@@ -163,8 +166,10 @@ def predict(
     if probabilities and threshold is not None:
         raise typer.BadParameter("--threshold makes a mask and --probabilities doesn't; choose one of them.")
     size = None if voxel_size is None else _voxel_size(voxel_size)
+    from mitoseg_lib.memory import reuse_memory
     from mitoseg_lib.prediction import Segmenter, plan_prediction
 
+    reuse_memory()
     # A time limit's signal would end the process at once; as an exception, it lets what was written be removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -180,6 +185,104 @@ def predict(
         typer.echo(f"mitoseg: stopped, and nothing was written to {output}", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{'probabilities' if probabilities else 'mask'} written to {output}")
+
+
+@app.command()
+def volume(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="(OME-)Zarr, TIFF stack, or folder of slices.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT.zarr", help="OME-Zarr to write.")],
+    weights: Annotated[Path | None, typer.Option(help="Of another model than the shipped one.")] = None,
+    voxel_size: Annotated[
+        str | None, typer.Option(metavar="Z,Y,X", help="Of INPUT, in nm; needed where INPUT doesn't state it.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Probability from which a voxel is a mitochondrion.")
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Keep them, too.")] = False,
+    min_volume: Annotated[float, typer.Option(metavar="UM3", min=0, help="Leave out objects under so many µm³.")] = 0.0,
+    split: Annotated[bool, typer.Option("--split", help="Separate objects that hang together by a neck.")] = False,
+    tta: Annotated[bool, typer.Option("--tta", help="Average over 8 orientations: 8 times slower.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default as many as cores and memory allow.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each worker.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="tcp://HOST:PORT", help="Of a Dask cluster that runs already.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="A GPU if there is one, or what is asked for.")] = Device.AUTO,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, or begin it anew.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="When it is finished, compare every chunk with its checksum.")
+    ] = False,
+) -> None:
+    """Segment a volume of any size on many workers, and number and measure its mitochondria.
+
+    OUTPUT.zarr holds the mask, the numbered mitochondria (labels/mitochondria), both at several resolutions, and
+    measurements.csv with a row for each.
+
+    Stopped in whatever way, the same command goes on, and ends with the same bytes. A finished OUTPUT is left as it is.
+
+    Exit codes: 0, all done; 1, a mistake or an error; 3, some slabs couldn't be done; 130, stopped.
+
+    Examples: mitoseg volume stack.tif mitochondria.zarr --voxel-size 5,5,5
+    mitoseg volume slices/ mitochondria.zarr --voxel-size 8,4,4 --min-volume 0.002 --split
+    mitoseg volume volume.zarr mitochondria.zarr --scheduler tcp://10.0.0.1:8786
+    """
+    if scheduler and workers:
+        raise typer.BadParameter("--workers starts some and --scheduler uses those that run; choose one of them.")
+    size = None if voxel_size is None else _voxel_size(voxel_size)
+    from mitoseg_lib.volumes import VolumeError, VolumeOptions, plan_volume, verify_volume
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = VolumeOptions(
+        weights, size, threshold, tta, probabilities, min_volume, split, device=device.value, threads=threads
+    )
+    try:
+        plan = plan_volume(source, output, options, overwrite=overwrite, progress=True)
+        if plan.is_finished:
+            typer.echo(f"mitoseg: {output} is finished already, and nothing was changed", err=True)
+            found = plan.run(None)
+        else:
+            found = _segment(plan, scheduler, workers)
+        checked = verify_volume(output, progress=True) if verify else None
+    except VolumeError as error:
+        typer.echo(f"mitoseg: {error}", err=True)
+        raise typer.Exit(3) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"mitoseg: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("mitoseg: stopped; the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{found['objects']} mitochondria in {output}, measured in {output / 'measurements.csv'}")
+    if checked is not None:
+        _report(checked)
+
+
+def _segment(plan: "VolumePlan", scheduler: str | None, workers: int | None) -> dict:
+    """Segment a volume on the cluster that was asked for, and return what the result says of itself."""
+    from mitoseg_lib.volumes import connected_cluster, local_cluster
+
+    for note in plan.notes:
+        typer.echo(f"mitoseg: {note}", err=True)
+    if scheduler:
+        cluster = connected_cluster(scheduler)
+    else:
+        cluster = local_cluster(workers, plane=plan.job.shape[1:], device=plan.job.device)
+    with cluster as client:
+        n = len(client.nthreads())
+        typer.echo(f"mitoseg: {n} worker{'s' if n != 1 else ''}; dashboard at {client.dashboard_link}", err=True)
+        return plan.run(client, progress=True)
+
+
+def _report(checked: "Verification") -> None:
+    """Say what a verification found; exit with 1 if anything."""
+    for fault in checked.faults:
+        typer.echo(f"mitoseg: {fault}", err=True)
+    if checked.faults:
+        typer.echo(f"mitoseg: {len(checked.faults)} faults; segment it again with --overwrite.", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{checked.n_chunks} chunks and the table are as they were written")
 
 
 @app.command()

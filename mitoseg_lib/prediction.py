@@ -24,7 +24,7 @@ from mitoseg_lib.errors import FilePath, StackError, named_errors
 from mitoseg_lib.grey import GreyRange, GreyTransform, choose_grey_transform
 from mitoseg_lib.inference import predict_stack, predict_turned
 from mitoseg_lib.readers import SliceReader, open_reader
-from mitoseg_lib.streams import median_of_blocks, median_slices, overlapping_blocks
+from mitoseg_lib.streams import median_of_blocks, median_slices, overlapping_blocks, surroundings
 from mitoseg_lib.tiff.metadata import VoxelSize
 from mitoseg_lib.weights import load_weights
 from mitoseg_lib.writers import check_target, encode_probabilities, write_slabs
@@ -68,6 +68,8 @@ class Segmenter:
     median
         Slices of a median along z that the probabilities go through before the threshold, for voxels of the model's
         size; 1 for none. Of thicker slices it takes fewer; see `mitoseg_lib.streams.median_slices`.
+    precision
+        See `mitoseg_lib.inference.predict_stack`.
     """
 
     model: nn.Module
@@ -76,10 +78,17 @@ class Segmenter:
     grey_range: GreyRange | None = None
     tta: bool = False
     median: int = 1
+    precision: str = "auto"
 
     @classmethod
     def load(
-        cls, weights: FilePath | None = None, *, device: str = "auto", threshold: float | None = None, tta: bool = False
+        cls,
+        weights: FilePath | None = None,
+        *,
+        device: str = "auto",
+        threshold: float | None = None,
+        tta: bool = False,
+        precision: str = "auto",
     ) -> Segmenter:
         """Read weights (None: those that come with the library; see `mitoseg_lib.weights.load_weights`).
 
@@ -91,8 +100,8 @@ class Segmenter:
             "cpu", "cuda", or "auto": a GPU where there is one.
         threshold
             Instead of the one in the file.
-        tta
-            See the attribute.
+        tta, precision
+            See the attributes.
 
         Raises
         ------
@@ -111,14 +120,26 @@ class Segmenter:
                 "mitoseg_lib.inference.predict_stack with it, or use another file."
             )
         threshold = metadata.threshold if threshold is None else threshold
-        return cls(model.to(chosen), metadata.voxel_size_nm, threshold, metadata.grey_range, tta, metadata.median)
+        return cls(
+            model.to(chosen),
+            metadata.voxel_size_nm,
+            threshold,
+            metadata.grey_range,
+            tta,
+            metadata.median,
+            precision,
+        )
 
     def probabilities(self, image: NDArray[np.uint8], voxel_size_nm: VoxelSize) -> NDArray[np.float32]:
         """Return the probabilities of a whole stack on its own grid; parameters as for `stream`."""
         return np.concatenate(list(self.stream([image], image.shape, voxel_size_nm)))
 
     def stream(
-        self, slabs: Iterable[NDArray[np.uint8]], shape: tuple[int, ...], voxel_size_nm: VoxelSize
+        self,
+        slabs: Iterable[NDArray[np.uint8]],
+        shape: tuple[int, ...],
+        voxel_size_nm: VoxelSize,
+        part: range | None = None,
     ) -> Iterator[NDArray[np.float32]]:
         """Yield the probabilities of a stack on its own grid, some slices at a time.
 
@@ -128,38 +149,50 @@ class Segmenter:
         Parameters
         ----------
         slabs
-            uint8 (z, y, x), with grey levels as the model saw them, one after the other from the first slice.
+            uint8 (z, y, x), with grey levels as the model saw them, one after the other from the first slice that is
+            needed (`needed_slices`).
         shape
             Of the whole stack.
         voxel_size_nm
             Of the stack, (z, y, x). Another size in the plane than the model's is resampled, and what the model and
             the median say is resampled back. Along z nothing is resampled: a model that sees the slices above and
             below sees them farther apart than in its training if they are thicker, and nearer if they are thinner.
+        part
+            Slices that are wanted; all by default.
         """
         depth, *plane = shape
         plane = tuple(plane)
+        part = range(depth) if part is None else part
         inner = _model_plane(plane, voxel_size_nm, self.voxel_size_nm)
         size = min(SLAB, _fitting(shape) or 1)
-        found = self._predicted((_resample_grey(slab, inner) for slab in slabs), depth, size)
         median = self.median_for(voxel_size_nm)
+        predicted = surroundings(part, median // 2, depth)
+        found = self._predicted((_resample_grey(slab, inner) for slab in slabs), depth, size, predicted)
         if median > 1:
-            blocks = overlapping_blocks(found, depth, size=size, reach=median // 2, mode="symmetric")
+            blocks = overlapping_blocks(found, depth, size=size, reach=median // 2, mode="symmetric", part=part)
             found = median_of_blocks(blocks, median)
-        yield from (part if inner == plane else np.clip(resample(part, plane), 0, 1) for part in found)
+        yield from (block if inner == plane else np.clip(resample(block, plane), 0, 1) for block in found)
+
+    def needed_slices(self, part: range, depth: int, voxel_size_nm: VoxelSize) -> range:
+        """Return the slices of a stack, `depth` slices deep, that the probabilities of a part of it depend on."""
+        predicted = surroundings(part, self.median_for(voxel_size_nm) // 2, depth)
+        return surroundings(predicted, getattr(self.model, "n_slices", 1) // 2, depth)
 
     def median_for(self, voxel_size_nm: VoxelSize) -> int:
         """Return over how many slices the median is taken in a stack with such voxels, (z, y, x)."""
         return median_slices(self.median, self.voxel_size_nm[0], voxel_size_nm[0])
 
-    def _predicted(self, slabs: Iterable[NDArray[np.uint8]], depth: int, size: int) -> Iterator[NDArray[np.float32]]:
+    def _predicted(
+        self, slabs: Iterable[NDArray[np.uint8]], depth: int, size: int, part: range
+    ) -> Iterator[NDArray[np.float32]]:
         """Yield the model's probabilities of slices on its own grid, so many at a time."""
         predict = predict_turned if self.tta else predict_stack
         n_slices = getattr(self.model, "n_slices", 1)
-        for block in overlapping_blocks(slabs, depth, size=size, reach=n_slices // 2, mode="reflect"):
+        for block in overlapping_blocks(slabs, depth, size=size, reach=n_slices // 2, mode="reflect", part=part):
             window = WINDOW if math.prod(block.shape[1:]) > LARGEST_WHOLE else None
             if n_slices > 1:  # each slice with its neighbours as channels, without a copy
                 block = np.moveaxis(np.lib.stride_tricks.sliding_window_view(block, n_slices, axis=0), -1, 1)
-            yield predict(self.model, block, window=window)
+            yield predict(self.model, block, window=window, precision=self.precision)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def _make(recipe: Recipe, choice: Choice, seed: int, place: _Place) -> _Made:
     on_validation = measure.predict(validation)
     if recipe.tested and recipe.chosen_on is None:
         measure.choose_threshold(on_validation, validation)
-    some = _some_slices(train, model)
+    some = _some_slices(train, _sees_neighbours(model) or choice.median > 1)
     found = {
         "train": measure.scores(measure.predict(some), some),
         "validation": measure.scores(on_validation, validation),
@@ -205,10 +205,13 @@ def _watched(validation: Stack, model: nn.Module, step: int) -> Stack:
     return validation.slices(range(math.ceil(n / step)) if _sees_neighbours(model) else range(0, n, step))
 
 
-def _some_slices(train: Stack, model: nn.Module) -> Stack:
-    """Return some slices for the training's score: evenly spread, or neighbours for a model that needs them."""
+def _some_slices(train: Stack, are_neighbours: bool) -> Stack:
+    """Return some slices for the training's score: evenly spread, or neighbours for a model or median that needs them.
+
+    A median over slices that are far from one another would leave next to nothing of any mask.
+    """
     middle = (len(train.image) - TRAIN_SLICES) // 2
-    if _sees_neighbours(model) and middle > 0:
+    if are_neighbours and middle > 0:
         return train.slices(slice(middle, middle + TRAIN_SLICES))
     return train.slices(spread_slices(range(len(train.image)), TRAIN_SLICES))
 

@@ -10,18 +10,24 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["median_of_blocks", "median_slices", "overlapping_blocks"]
+__all__ = ["median_of_blocks", "median_slices", "overlapping_blocks", "surroundings"]
 
 
 def overlapping_blocks(
-    slabs: Iterable[NDArray], depth: int, *, size: int, reach: int, mode: Literal["reflect", "symmetric"]
+    slabs: Iterable[NDArray],
+    depth: int,
+    *,
+    size: int,
+    reach: int,
+    mode: Literal["reflect", "symmetric"],
+    part: range | None = None,
 ) -> Iterator[NDArray]:
     """Yield a stack in blocks of slices, each with some slices more of what is before and after it.
 
     Parameters
     ----------
     slabs : iterable of ndarray
-        (n, y, x), of any depths, one after the other from the first slice.
+        (n, y, x), of any depths, one after the other from the first slice of `surroundings`.
     depth : int
         Slices of the whole stack, 1 or more.
     size : int
@@ -30,6 +36,8 @@ def overlapping_blocks(
         Slices more, on either side.
     mode : {"reflect", "symmetric"}
         How the stack goes on beyond its ends, as in `numpy.pad`: without repeating its last slice, or with.
+    part : range, optional
+        Slices that blocks are wanted of; all by default.
 
     Yields
     ------
@@ -37,16 +45,22 @@ def overlapping_blocks(
         (size + 2 reach, y, x); new arrays.
     """
     sources = np.pad(np.arange(depth), reach, mode=mode)  # the slices of the stack, as it goes on beyond its ends
+    part = range(depth) if part is None else part
     slices = (grey for slab in slabs for grey in slab)
     kept: list[NDArray] = []
-    first = 0  # number of the first slice that is kept
-    for start in range(0, depth, size):
-        wanted = sources[start : min(start + size, depth) + 2 * reach]
+    first = surroundings(part, reach, depth).start  # number of the first slice that is kept
+    for start in range(part.start, part.stop, size):
+        wanted = sources[start : min(start + size, part.stop) + 2 * reach]
         del kept[: wanted.min() - first]
         first = int(wanted.min())
         while first + len(kept) <= wanted.max():
             kept.append(next(slices))
         yield np.stack([kept[z - first] for z in wanted])
+
+
+def surroundings(part: range, reach: int, depth: int) -> range:
+    """Return the slices of a stack, `depth` slices deep, that a part and what reaches into it need."""
+    return range(max(0, part.start - reach), min(depth, part.stop + reach))
 
 
 def median_of_blocks(blocks: Iterable[NDArray], n_slices: int) -> Iterator[NDArray]:

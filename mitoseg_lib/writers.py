@@ -24,7 +24,15 @@ from mitoseg_lib.errors import FilePath, StackError
 from mitoseg_lib.readers import is_zarr
 from mitoseg_lib.tiff.metadata import VoxelSize
 
-__all__ = ["NOT_COMPUTED", "PROBABILITY_ONE", "check_target", "encode_probabilities", "is_zarr_name", "write_slabs"]
+__all__ = [
+    "NOT_COMPUTED",
+    "PROBABILITY_ONE",
+    "check_target",
+    "encode_probabilities",
+    "is_zarr_name",
+    "replace_target",
+    "write_slabs",
+]
 
 TIFF_SUFFIXES, ZARR_SUFFIX = (".tif", ".tiff"), ".zarr"
 PROBABILITY_ONE, NOT_COMPUTED = 254, 255
@@ -121,7 +129,7 @@ def write_slabs(
         _flush(unfinished)
         if os.path.lexists(path):  # also what someone else has put there in the meantime
             _require_replaceable(path, overwrite)
-        _replace(unfinished, path)
+        replace_target(unfinished, path)
         _flush_folder(path.parent)
 
 
@@ -215,7 +223,7 @@ def _lies_in(path: Path, source: Path) -> bool:
     return same or source in (path, *path.parents) or path in source.parents
 
 
-def _replace(unfinished: Path, path: Path) -> None:
+def replace_target(unfinished: Path, path: Path) -> None:
     """Give what is finished its name. A folder can't be renamed to one that has files in it, so that steps aside."""
     if not path.is_dir():
         os.replace(unfinished, path)
