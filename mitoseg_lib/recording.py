@@ -326,7 +326,7 @@ def device_name() -> str:
     """Return what a run is made on, without anything that names a machine."""
     threads = torch.get_num_threads()
     if torch.cuda.is_available():
-        return torch.cuda.getdevice_name()
+        return torch.cuda.get_device_name()
     return f"{threads} CPU thread{'s' if threads > 1 else ''} ({platform.machine()})"
 
 

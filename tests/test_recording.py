@@ -425,3 +425,11 @@ def test_a_network_that_sees_neighbours_is_given_them_wherever_it_is_measured(mo
     record("check", 0, data="phantom", folder=tmp_path)
     for image in measured:
         assert set(np.diff(slice_numbers(image))) == {1}
+
+
+def test_a_run_says_which_gpu_made_it(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")  # raises if torch has no such name
+    assert recording.device_name() == "a GPU"

@@ -253,7 +253,7 @@ def test_interrupted_after_any_step_it_ends_with_the_same_bytes(finished, stack,
     plan = plan_volume(stack, tmp_path / "volume.zarr", options)
     steps = steps_of(plan.job)
     plan.folder.mkdir()
-    plan._prepare(False)
+    plan.prepare()
     done = 0
     while done < len(steps):
         done = min(done + 2, len(steps))
@@ -265,7 +265,7 @@ def test_interrupted_after_any_step_it_ends_with_the_same_bytes(finished, stack,
             for chunk in list(plan.job.group.rglob("c/*/*/*"))[-1:]:
                 chunk.with_suffix(".0123.partial").write_bytes(b"cut")
         again = plan_volume(stack, tmp_path / "volume.zarr", options)
-        again._prepare(False)
+        again.prepare()
     again.run(client)
     assert small_volume.files_of(tmp_path / "volume.zarr") == small_volume.files_of(finished)
 
@@ -349,7 +349,7 @@ def test_an_unfinished_volume_of_a_changed_input_is_refused_unless_overwritten(
     tifffile.imwrite(tmp_path / "changed.tif", changed, photometric="minisblack")
     first = plan_volume(tmp_path / "changed.tif", tmp_path / "volume.zarr", OPTIONS)
     first.folder.mkdir()
-    first._prepare(False)
+    first.prepare()
     run_steps(steps_of(first.job)[:1], client, is_done=first.job.is_done)
     with pytest.raises(StackError, match=r"stack.tif has changed in slices 0 to 31"):
         segment_volume(stack, tmp_path / "volume.zarr", OPTIONS, client=client)
@@ -366,7 +366,7 @@ def test_overwriting_replaces_a_finished_volume_only_at_the_end(finished, stack,
     options = VolumeOptions(voxel_size_nm=SIZE, device="cpu", threshold=0.9)
     plan = plan_volume(stack, target, options, overwrite=True)
     plan.folder.mkdir()
-    plan._prepare(False)
+    plan.prepare()
     run_steps(steps_of(plan.job)[:3], client, is_done=plan.job.is_done)
     assert small_volume.files_of(target) == before
     plan.run(client)

@@ -15,6 +15,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import nn
 
+import bench_volumes
 from mitoseg_lib import phantom
 from mitoseg_lib.datasets import fetch_epfl, load_epfl, load_example
 from mitoseg_lib.inference import is_bf16_native, predict_stack
@@ -234,6 +235,9 @@ PARTS: dict[str, Callable[[], None]] = {
     "training": bench_training,
     "predict": bench_predict,
     "command": in_a_folder(bench_command),
+    "volume-workers": lambda: bench_volumes.bench_workers(row),
+    "volume-kills": lambda: bench_volumes.bench_kills(row),
+    "volume-sizes": lambda: bench_volumes.bench_sizes(row),
     "phantoms": in_a_folder(bench_phantoms),
     "book": bench_book,
 }

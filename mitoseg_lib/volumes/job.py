@@ -111,10 +111,11 @@ class Job:
         return slabs_of(self.shape[0], SLAB if self.shape[0] < DEEP else SLAB_OF_DEEP)
 
     def slabs(self, level: int = 0) -> list[range]:
-        """Slices of a level that are numbered or coarsened at a time: whole chunks."""
-        depth, *plane = self.levels[level].shape
-        layers = LARGEST_SLAB // (ZARR_CHUNK[0] * math.prod(plane))
-        return slabs_of(depth, ZARR_CHUNK[0] * max(1, layers))
+        """Slices of a level that are numbered, or made from the finer level, at a time: whole chunks."""
+        here, source = self.levels[level], self.levels[max(0, level - 1)]
+        finer_slices = ZARR_CHUNK[0] * here.factors[0] // source.factors[0]  # that one layer of chunks is made from
+        layers = LARGEST_SLAB // (finer_slices * math.prod(source.shape[1:]))
+        return slabs_of(here.shape[0], ZARR_CHUNK[0] * max(1, layers))
 
     @property
     def n_batches(self) -> int:

@@ -138,8 +138,9 @@ def _touching(upper: Face, lower: Face, plane: tuple[int, int]) -> NDArray[np.in
     other = np.full((height + 2, width + 2), -1, np.int64)
     other[1:-1, 1:-1].flat[lower.places] = lower.numbers
     y, x = np.divmod(upper.places, width)
-    pairs = [np.empty((0, 2), np.int64)]
+    n_lower = int(other.max()) + 1
+    keys = [np.empty(0, np.int64)]
     for dy, dx in product(range(3), repeat=2):
-        found = np.stack([upper.numbers, other[y + dy, x + dx]], axis=1)
-        pairs.append(np.unique(found[found[:, 1] >= 0], axis=0))
-    return np.unique(np.concatenate(pairs), axis=0)
+        found = other[y + dy, x + dx]
+        keys.append(np.unique((upper.numbers * n_lower + found)[found >= 0]))
+    return np.stack(np.divmod(np.unique(np.concatenate(keys)), max(1, n_lower)), axis=1)

@@ -144,7 +144,7 @@ class VolumePlan:
             return read_provenance(self.target)
         self.folder.mkdir(exist_ok=True)
         with _locked(self.folder / LOCK, self.target.name):
-            self._prepare(progress)
+            self.prepare(progress=progress)
             failed = run_steps(steps_of(self.job), client, is_done=self.job.is_done, progress=progress)
             if failed:
                 raise VolumeError(_on_failures(failed))
@@ -153,8 +153,14 @@ class VolumePlan:
         shutil.rmtree(self.folder)
         return about
 
-    def _prepare(self, progress: bool) -> None:
-        """Make the empty arrays, unless there are those of the same plan and the same input."""
+    def prepare(self, *, progress: bool = False) -> None:
+        """Make the empty arrays in the folder, unless there are those of the same plan and the same input.
+
+        Raises
+        ------
+        StackError
+            If there are those of another plan or input, and they aren't to be overwritten.
+        """
         found = _read_plan(self.folder)
         changed = self._changed_slices(progress) if found == self.fingerprint else None
         if found == self.fingerprint and changed is None:

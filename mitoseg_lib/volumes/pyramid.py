@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +20,8 @@ def coarsen_mask(mask: NDArray[np.uint8], steps: tuple[int, ...]) -> NDArray[np.
     steps
         Voxels of a block along each axis, 1 or 2.
     """
-    blocks = _blocks(mask, steps)
-    return (2 * blocks.sum(axis=0, dtype=np.uint8) >= len(blocks)).astype(np.uint8)
+    parts = _parts(mask, steps)
+    return (2 * reduce(np.add, parts) >= len(parts)).astype(np.uint8)
 
 
 def coarsen_labels(labels: NDArray[np.uint32], mask: NDArray[np.uint8], steps: tuple[int, ...]) -> NDArray[np.uint32]:
@@ -27,16 +29,19 @@ def coarsen_labels(labels: NDArray[np.uint32], mask: NDArray[np.uint8], steps: t
 
     Only where two objects nearly touch has a block more than one number.
     """
-    return _blocks(labels, steps).max(axis=0) * mask
+    return reduce(np.maximum, _parts(labels, steps)) * mask
 
 
 def coarsen_probabilities(values: NDArray[np.uint8], steps: tuple[int, ...]) -> NDArray[np.uint8]:
     """Return the mean of each block, rounded half to even."""
-    return np.rint(_blocks(values, steps).mean(axis=0, dtype=np.float32)).astype(np.uint8)
+    parts = _parts(values, steps)
+    total = reduce(lambda so_far, part: so_far + part, parts, np.uint16(0))
+    return np.rint(total / np.float32(len(parts))).astype(np.uint8)
 
 
-def _blocks(values: NDArray, steps: tuple[int, ...]) -> NDArray:
-    """Voxels of each block, (voxels of a block, z, y, x); what is missing at the end repeats what is there."""
-    padded = np.pad(values, [(0, -n % step) for n, step in zip(values.shape, steps, strict=True)], mode="edge")
+def _parts(values: NDArray, steps: tuple[int, ...]) -> list[NDArray]:
+    """First voxels of all blocks, second ones, and so on; what is missing at the end repeats what is there."""
+    missing = [(0, -n % step) for n, step in zip(values.shape, steps, strict=True)]
+    padded = np.pad(values, missing, mode="edge") if np.any(missing) else values
     z, y, x = steps
-    return np.stack([padded[i::z, j::y, k::x] for i in range(z) for j in range(y) for k in range(x)])
+    return [padded[i::z, j::y, k::x] for i in range(z) for j in range(y) for k in range(x)]
