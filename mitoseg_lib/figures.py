@@ -3,7 +3,10 @@
 Functions return the figure and leave showing it to the caller.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +19,10 @@ from mitoseg_lib.calibration import Reliability
 from mitoseg_lib.error_kinds import KINDS, ErrorsByKind
 from mitoseg_lib.viewer import CURVE_COLOURS, FIGURE_DPI, Voxel, show_slices
 
-__all__ = ["KIND_COLOURS", "draw_errors", "draw_reliability"]
+if TYPE_CHECKING:
+    from mitoseg_lib.volumes import Step
+
+__all__ = ["KIND_COLOURS", "draw_errors", "draw_reliability", "draw_steps"]
 
 # Those of Okabe and Ito's colours, with white, that differ most from each other and from grey tissue for all kinds of
 # colour vision, computed for them laid over grey (its green, say, looks like the tissue to one man in twenty).
@@ -28,6 +34,8 @@ KIND_COLOURS = {
     "boundary": "#FFFFFF",
     "region": "#0072B2",  # blue
 }
+LINE = "#A0A0A0"
+STEP_COLOURS = (*CURVE_COLOURS[5::-1], "#000000", LINE)
 OPACITY = 0.8  # so that a little of the tissue shows through
 # Blue and vermilion first, which differ most; the marker tells curves apart that lie on each other.
 RELIABILITY_LOOKS = tuple(zip(CURVE_COLOURS[5::-1], "osD^vP", strict=True))
@@ -123,4 +131,38 @@ def draw_reliability(found: Reliability | Mapping[str, Reliability]) -> Figure:
     for ax in (top, bottom):
         ax.grid(alpha=0.3)
     fig.legend(*top.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    return fig
+
+
+def draw_steps(steps: Sequence[Step]) -> Figure:
+    """Draw the steps of a volume as a graph: each a dot, with lines from the steps that it needs; time goes right.
+
+    Parameters
+    ----------
+    steps
+        See `mitoseg_lib.volumes.steps_of`.
+
+    Returns
+    -------
+    Figure
+    """
+    column: dict[str, int] = {}
+    for step in steps:  # each comes after those that it needs
+        column[step.name] = 1 + max((column[name] for name in step.needs), default=-1)
+    rows = {
+        name: place - (len(names) - 1) / 2
+        for names in ([n for n, c in column.items() if c == number] for number in range(max(column.values()) + 1))
+        for place, name in enumerate(names)
+    }
+    fig, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
+    for step in steps:
+        for name in step.needs:
+            ax.plot([column[name], column[step.name]], [rows[name], rows[step.name]], color=LINE, lw=0.6, zorder=1)
+    kinds = list(dict.fromkeys(step.name.split("-")[0] for step in steps))
+    for kind, colour in zip(kinds, STEP_COLOURS, strict=False):
+        names = [name for name in column if name.split("-")[0] == kind]
+        ax.scatter([column[n] for n in names], [rows[n] for n in names], s=70, color=colour, label=kind, zorder=2)
+    ax.invert_yaxis()
+    ax.set_axis_off()
+    fig.legend(loc="outside lower center", ncols=len(kinds), frameon=False, columnspacing=1, handletextpad=0.2)
     return fig

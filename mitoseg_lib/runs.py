@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mitoseg_lib.datasets import load_epfl, load_example
+from mitoseg_lib.datasets import bundled_folder, fetch_epfl, load_epfl, load_example
 from mitoseg_lib.files import write_whole
 from mitoseg_lib.stacks import Stack
 
@@ -49,6 +49,12 @@ class Preset:
         if self.name == "small":
             return load_example(part)
         return load_epfl({"train": "training", "test": "testing"}.get(part, part))
+
+    def image_path(self, part: str) -> Path:
+        """Return the file of the grey levels of ``"train"`` or ``"test"``; errors as `load` has them."""
+        if self.name == "small":
+            return bundled_folder() / f"phantom_{part}.tif"
+        return fetch_epfl() / f"{part}ing.tif"
 
     def choose(self, *, small: T, full: T) -> T:
         """Return the value that belongs to this preset."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mitoseg_lib.errors import FilePath
-from mitoseg_lib.volumes.engine import connected_cluster, local_cluster
+from mitoseg_lib.volumes.engine import Step, connected_cluster, local_cluster
 from mitoseg_lib.volumes.job import VolumeError
 from mitoseg_lib.volumes.layout import LABELS, MASK, PROBABILITIES, TABLE, open_level
 from mitoseg_lib.volumes.plan import DEFAULTS, VolumeOptions, VolumePlan, plan_volume, steps_of
-from mitoseg_lib.volumes.table import Measurement, read_table
+from mitoseg_lib.volumes.table import Measurement, measure_objects, read_table
 from mitoseg_lib.volumes.verify import Verification, verify_volume
 
 if TYPE_CHECKING:
@@ -26,12 +26,14 @@ __all__ = [
     "PROBABILITIES",
     "TABLE",
     "Measurement",
+    "Step",
     "Verification",
     "VolumeError",
     "VolumeOptions",
     "VolumePlan",
     "connected_cluster",
     "local_cluster",
+    "measure_objects",
     "open_level",
     "plan_volume",
     "read_table",

@@ -26,7 +26,9 @@ from mitoseg_lib.writers import ZARR_CHUNK
 
 __all__ = ["Job", "VolumeError", "sha256_of_slices", "slabs_of", "update_sha256", "weights_path"]
 
-DEEP, SLAB, SLAB_OF_DEEP = 512, 32, 64  # slices; each slab costs two slices more, which its neighbours predict too
+# Slices of a predicted slab. Thick ones cost less: what a median reaches into is predicted by both neighbours. Thin
+# ones are shared out more evenly, and less is lost with a worker.
+THINNEST, THICKEST, SHARE = 32, 128, 4
 LARGEST_SLAB = 2**25  # voxels that are numbered or coarsened at a time, unless one layer of chunks has more
 GROUP, PROGRESS = "volume.zarr", "progress"  # what the folder of an unfinished volume holds
 
@@ -107,8 +109,9 @@ class Job:
 
     @property
     def predicted_slabs(self) -> list[range]:
-        """Slices that are predicted at a time."""
-        return slabs_of(self.shape[0], SLAB if self.shape[0] < DEEP else SLAB_OF_DEEP)
+        """Slices that are predicted at a time: whole chunks, a fourth of a volume that is neither thin nor thick."""
+        wanted = min(max(self.shape[0] / SHARE, THINNEST), THICKEST)
+        return slabs_of(self.shape[0], math.ceil(wanted / ZARR_CHUNK[0]) * ZARR_CHUNK[0])
 
     def slabs(self, level: int = 0) -> list[range]:
         """Slices of a level that are numbered, or made from the finer level, at a time: whole chunks."""

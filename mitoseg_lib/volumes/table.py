@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
 
-from mitoseg_lib.shapes import capsule_diameter, crofton_weights, sphericity
+from mitoseg_lib.shapes import capsule_diameter, crofton_weights, find_axis, sphericity
 from mitoseg_lib.volumes.job import Job
 from mitoseg_lib.volumes.layout import TABLE
-from mitoseg_lib.volumes.sums import ObjectSums
+from mitoseg_lib.volumes.sums import ObjectSums, sum_objects, with_margin
 
-__all__ = ["Measurement", "finish_group", "measurements", "read_provenance", "read_table"]
+__all__ = ["Measurement", "finish_group", "measure_objects", "measurements", "read_provenance", "read_table"]
 
 KEY, FORMAT = "mitoseg", 1
 NM_UM = 1e-3
@@ -120,6 +122,37 @@ def measurements(
             )
         )
     return rows
+
+
+def measure_objects(
+    labels: NDArray[np.integer], image: NDArray, voxel_size_nm: tuple[float, float, float]
+) -> list[Measurement]:
+    """Measure the objects of labels that are in memory, as `segment_volume` measures those of a volume.
+
+    Parameters
+    ----------
+    labels
+        Numbers of objects, 1 to n without gaps, 0 for background, (z, y, x); each connected by faces, edges or corners.
+    image
+        Grey levels of the same shape.
+    voxel_size_nm
+        (z, y, x).
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, a number is missing, or an object isn't connected.
+    """
+    boxes = ndimage.find_objects(labels)
+    if labels.shape != image.shape or None in boxes:
+        raise ValueError(
+            f"Labels of {labels.shape} and an image of {image.shape} were given, but the same (z, y, x) and numbers"
+            " without gaps were expected; number a mask's objects with label_instances."
+        )
+    sums = sum_objects(labels, with_margin(labels), image, (0, 0, 0), labels.shape)
+    axes = [find_axis(labels[box] == number, voxel_size_nm) for number, box in enumerate(boxes, 1)]
+    rows = np.array([(axis.length_nm, axis.total_length_nm, axis.branches) for axis in axes]).reshape(-1, 3)
+    return measurements(sums, rows, voxel_size_nm, labels.shape)
 
 
 def read_table(path: str | os.PathLike[str]) -> list[Measurement]:
