@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from mitoseg_lib.metrics import Scores
 
 __all__ = [
+    "batch_size_on",
     "choose_threshold",
     "is_bf16_native",
     "median_filter_z",
@@ -94,7 +95,7 @@ def predict_stack(
         raise ValueError(f"batch_size is {batch_size}, but it must be 1 or more; correct it.")
     ndim, multiple = getattr(model, "ndim", 2), _size_multiple(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch_size = batch_size or (4 if device.type == "cuda" else 1)
+    batch_size = batch_size or batch_size_on(device)
     mixed = _mixed_precision(precision, device)
 
     def predict(grey: Tensor) -> Tensor:
@@ -114,6 +115,11 @@ def predict_stack(
         padded = _Slices(_pad_to(image, (1,) * (image.ndim - ndim) + sides), n_neighbours)
         found = _predict_windows(predict, padded, sides, batch_size, device=device, progress=progress)
         return found[tuple(slice(side) for side in _volume_shape(image))]
+
+
+def batch_size_on(device: torch.device) -> int:
+    """Return how many slices `predict_stack` predicts at a time unless it is told: 4 on a GPU, and 1 elsewhere."""
+    return 4 if device.type == "cuda" else 1
 
 
 def predict_turned(

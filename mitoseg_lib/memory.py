@@ -6,10 +6,17 @@ import ctypes
 import platform
 from functools import cache
 
-__all__ = ["reuse_memory"]
+__all__ = ["ENVIRONMENT", "release_memory", "reuse_memory"]
 
-# Numbers of glibc's malloc.h.
+# What glibc is told: by numbers of its malloc.h, or by the environment of a process that is still to be started.
+# One arena, since those of other threads than the main one can't hold large arrays.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+OPTIONS = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 2**30, M_TRIM_THRESHOLD: 2**31 - 1}
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
 
 
 @cache
@@ -20,11 +27,22 @@ def reuse_memory() -> bool:
     one with zeros, page by page. The layers of a network free and take such arrays all the time: on one core, a slice
     of 1536 x 2048 pixels took twice as long because of that. In exchange, the process doesn't become smaller again.
 
-    For processes that predict and do nothing else, before they do. Other C libraries than glibc are left alone.
+    For processes that predict and do nothing else, before they do, and before they start threads: those that are there
+    already keep their own arenas. `ENVIRONMENT` does the same for a process that is still to be started, and
+    `release_memory` gives back what is free. Other C libraries than glibc are left alone.
     """
-    if platform.libc_ver()[0] != "glibc":
+    libc = _glibc()
+    if libc is None:
         return False
-    libc = ctypes.CDLL(None)
-    # One arena, since those of other threads than the main one can't hold large arrays.
-    wanted = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 2**30, M_TRIM_THRESHOLD: 2**31 - 1}
-    return all([libc.mallopt(option, value) == 1 for option, value in wanted.items()])
+    return all([libc.mallopt(option, value) == 1 for option, value in OPTIONS.items()])
+
+
+def release_memory() -> None:
+    """Hand memory that is free back to the system; nothing where the C library isn't glibc."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def scores(prediction: NDArray | Tensor, truth: NDArray | Tensor) -> Scores:
     >>> result.iou, result.precision, result.recall
     (0.5, 0.5, 1.0)
     """
-    return Scores(*(int(count) for count in _counts(prediction, truth)))
+    return Scores(*(int(count) for count in count_voxels(prediction, truth)))
 
 
 def iou(prediction: NDArray | Tensor, truth: NDArray | Tensor) -> float:
@@ -108,58 +107,13 @@ def iou(prediction: NDArray | Tensor, truth: NDArray | Tensor) -> float:
     return scores(prediction, truth).iou
 
 
-class PooledScores(Metric):
-    """Scores of a volume that arrives in parts, such as batches or slices (a torchmetrics ``Metric``).
-
-    The counts are int64: float32 counts, as some metrics keep them, stop growing at 2^24 = 16.8 million
-    voxels, and a stack of 165 x 768 x 1024 has 130 million. Under several processes ``compute`` sums over all
-    of them.
-
-    Examples
-    --------
-    >>> pooled = PooledScores()
-    >>> pooled.update(torch.tensor([True, False]), torch.tensor([True, True]))
-    >>> pooled.update(torch.tensor([True]), torch.tensor([True]))
-    >>> pooled.scores().recall
-    0.6666666666666666
-    """
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-
-    counts: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("counts", default=torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, prediction: NDArray | Tensor, truth: NDArray | Tensor) -> None:
-        """Add a part; arguments and errors as in `scores`."""
-        counts = [torch.as_tensor(count, device=self.counts.device) for count in _counts(prediction, truth)]
-        self.counts += torch.stack(counts)
-
-    def compute(self) -> dict[str, float]:
-        """Return the four counts and the five ratios of everything added so far, by name.
-
-        A dict, because torchmetrics can't pass a frozen dataclass on; `scores` gives the dataclass.
-        """
-        counts = dict(zip((f.name for f in fields(Scores)), self.counts.tolist(), strict=True))
-        return counts | Scores(**counts).as_dict()
-
-    def scores(self) -> Scores:
-        """Return the `Scores` of everything added so far."""
-        values = self.compute()
-        return Scores(*(values[f.name] for f in fields(Scores)))
-
-
 def _ratio(part: int, whole: int) -> float:
     """Return part / whole, and 1 where the whole is 0 (see the head of this module)."""
     return part / whole if whole else 1.0
 
 
-def _counts(prediction: NDArray | Tensor, truth: NDArray | Tensor) -> tuple[int | Tensor, ...]:
-    """Return the numbers of true positives, false positives, false negatives and true negatives."""
+def count_voxels(prediction: NDArray | Tensor, truth: NDArray | Tensor) -> tuple[int | Tensor, ...]:
+    """Return the numbers of true positives, false positives, false negatives and true negatives; see `scores`."""
     if tuple(prediction.shape) != tuple(truth.shape):
         raise ValueError(
             f"The prediction has shape {tuple(prediction.shape)} and the truth {tuple(truth.shape)}, but "

@@ -42,7 +42,8 @@ __all__ = [
 
 ASSUMED_NM = (5.0, 5.0, 5.0)
 SLAB = 8  # slices at a time, as many as a chunk of the written Zarr has
-LARGEST_SLAB = 2**28  # bytes of input, unless a single slice is larger
+LARGEST_SLAB = 2**28  # bytes of input as float32 that are read at a time, unless a single slice is larger
+LARGEST_BLOCK = 2**26  # bytes of probabilities at a time, of which a median keeps several times as many
 SAME_SIZE = 0.01  # voxel sizes that differ by less count as equal
 LARGEST_FACTOR = 16.0  # between two voxel sizes; beyond, one of them is a mistake
 LARGEST_WHOLE = 2**22  # pixels of a slice that the model is given whole; larger ones are cut into windows
@@ -164,7 +165,7 @@ class Segmenter:
         plane = tuple(plane)
         part = range(depth) if part is None else part
         inner = _model_plane(plane, voxel_size_nm, self.voxel_size_nm)
-        size = min(SLAB, _fitting(shape) or 1)
+        size = min(SLAB, max(1, LARGEST_BLOCK // (4 * math.prod(plane))))
         median = self.median_for(voxel_size_nm)
         predicted = surroundings(part, median // 2, depth)
         found = self._predicted((_resample_grey(slab, inner) for slab in slabs), depth, size, predicted)

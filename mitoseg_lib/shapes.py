@@ -37,7 +37,6 @@ CORNERS = np.ones((3, 3, 3), bool)  # what touches by a corner is connected, as 
 MOST_VOXELS = 30_000  # of a graph, whose shortest paths then take some 20 ms
 COVERED = 1.5  # how many radii around it a path stands for
 ROUGH = 4  # what sticks out by fewer voxels is roughness
-SLENDER = 0.75  # a branch sticks out by this many times its width; flanks of a flat object don't
 SMOOTH = 0.4  # standard deviation of the filter along a path over its radius: more cuts corners, less leaves steps
 
 
@@ -174,10 +173,11 @@ def find_axis(mask: Mask, voxel_size_nm: Sequence[float]) -> Axis:
 
     TEASAR (Sato et al. 2000, Pacific Graphics, doi:10.1109/PCCGA.2000.883951) in the graph of neighbouring voxels: a
     path between the two that are farthest apart, where a step costs 1 / radius^4 (of the ball that fits in there) so
-    that it runs in the middle; then one from the farthest voxel of each part that isn't covered, which is within 1.5
-    radii and a voxel of a path, to the paths before. A part gets one only if it sticks out by four voxels and by 0.75
-    of its width: about a tube's diameter out of its side. The longest chain of paths is the axis; it is smoothed, since
-    steps on a grid make a slanted line too long, and drawn on to the surface. A ring is cut open.
+    that it runs in the middle; what is within 1.5 radii and a voxel of it is covered; then one from the farthest voxel
+    of each part that isn't, to the paths before. A part gets one only if it sticks out of what is covered by four
+    voxels and by its own width: that is by some 1.3 diameters of a tube out of its side. The longest chain of paths is
+    the axis; it is smoothed, since steps on a grid make a slanted line too long, and drawn on to the surface. A ring is
+    cut open, and is unbranched.
 
     An object of more than 30,000 voxels is made coarser first, so that any takes less than about a second; what is
     thinner than a thirtieth of a round object's diameter is lost then.
@@ -395,12 +395,12 @@ def _beyond(voxels: _Voxels, path: Numbers) -> Lengths:
 
 
 def _branches(voxels: _Voxels, beyond: Lengths) -> list[Numbers]:
-    """Connected voxels that aren't covered and stick out far enough for a branch."""
+    """Connected voxels that aren't covered and stick out by as much as they are wide, unlike a flat object's flanks."""
     rest = np.flatnonzero(beyond > 0)
     part = csgraph.connected_components(voxels.graph[rest][:, rest], directed=False)[1]
     parts = np.split(rest[np.argsort(part, kind="stable")], np.cumsum(np.bincount(part)))[:-1]
     smooth = [one for one in parts if beyond[one].max() >= ROUGH * voxels.edges.max()]
-    return [one for one in smooth if beyond[one].max() >= SLENDER * _width(voxels, one, beyond[one])]
+    return [one for one in smooth if beyond[one].max() >= _width(voxels, one, beyond[one])]
 
 
 def _width(voxels: _Voxels, part: Numbers, beyond: Lengths) -> float:
@@ -432,12 +432,12 @@ def _longest(tree: sparse.csr_array, ends: Numbers) -> tuple[Numbers, float]:
 
 
 def _smoothed(voxels: _Voxels, path: Numbers) -> Lengths:
-    """Points half a voxel apart along a path, smoothed but for its two ends."""
+    """Points a quarter of a voxel apart along a path, smoothed but for its two ends."""
     points = voxels.points[path]
     if len(points) == 1:  # has no direction, so its longest edge's is taken
         points = points + np.outer([-0.25, 0.25], voxels.edges * (np.arange(3) == np.argmax(voxels.edges)))
     along = np.append(0, np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1)))
-    even = np.linspace(0, along[-1], int(np.ceil(2 * along[-1] / voxels.edges.min())) + 1)
+    even = np.linspace(0, along[-1], int(np.ceil(4 * along[-1] / voxels.edges.max())) + 1)
     points = np.stack([np.interp(even, along, axis) for axis in points.T], axis=1)
     bent = points - np.linspace(points[0], points[-1], len(points))
     turned = np.concatenate([bent, -bent[-2:0:-1]])  # goes on as if turned about the ends, which therefore stay
@@ -454,11 +454,8 @@ def _to_surface(path: Lengths, mask: Mask, edges: Lengths, step: float) -> Lengt
     """Path whose last three steps lead straight on to where the mask ends, at most two steps further."""
     back = np.linalg.norm(path - path[-1], axis=1)
     kept = np.flatnonzero(back >= min(3 * step, back[0]))[-1]
-    along = np.linspace(0, back[kept] + 2 * step, 2001)
-    ray = path[kept] + along[:, None] * (path[-1] - path[kept]) / back[kept]
-    places = np.floor(ray / edges).astype(int)
-    inside = ((places >= 0) & (places < mask.shape)).all(axis=1)
-    inside[inside] = mask[tuple(places[inside].T)]
-    tip = np.searchsorted(along, back[kept])
-    stop = tip + np.argmin(np.append(inside[tip:], False))
-    return np.concatenate([path[: kept + 1], ray[:stop][inside[:stop]][-1:]])
+    ahead = (path[-1] - path[kept]) / back[kept]
+    ray = path[-1] + np.linspace(0, 2 * step, 801)[:, None] * ahead
+    share = ndimage.map_coordinates(mask.view(np.uint8), (ray / edges - 0.5).T, float, order=1, mode="grid-constant")
+    stop = np.argmin(np.append(share[1:] >= 0.5, False))
+    return np.concatenate([path[: kept + 1], ray[stop : stop + 1]])

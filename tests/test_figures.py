@@ -8,8 +8,9 @@ from matplotlib.colors import to_rgb
 
 from mitoseg_lib.calibration import reliability
 from mitoseg_lib.error_kinds import KINDS, errors_by_kind
-from mitoseg_lib.figures import KIND_COLOURS, draw_errors, draw_reliability
+from mitoseg_lib.figures import KIND_COLOURS, draw_errors, draw_reliability, draw_steps
 from mitoseg_lib.viewer import scale_bar_nm
+from mitoseg_lib.volumes import Step
 
 matplotlib.use("Agg")
 
@@ -126,3 +127,16 @@ def test_an_empty_bin_is_a_gap_and_no_error():
 def test_too_few_or_too_many_curves_are_refused(number):
     with pytest.raises(ValueError, match=f"There are {number} predictions, but 1 to 6"):
         draw_reliability(dict.fromkeys(map(str, range(number)), some_reliability()))
+
+
+def test_steps_are_drawn_to_the_right_of_what_they_need():
+    steps = [
+        Step("segment-0", (), print, ""), Step("segment-1", (), print, ""),
+        Step("label-0", ("segment-0", "segment-1"), print, ""), Step("join", ("label-0", "segment-0"), print, ""),
+    ]  # fmt: skip
+    fig = draw_steps(steps)
+    dots = {found.get_label(): found.get_offsets() for found in fig.axes[0].collections}
+    assert list(dots) == ["segment", "label", "join"] == [text.get_text() for text in fig.legends[0].texts]
+    assert dots["segment"][:, 0].tolist() == [0, 0] and dots["label"][0, 0] == 1 and dots["join"][0, 0] == 2
+    assert len(fig.axes[0].lines) == 4
+    plt.close(fig)

@@ -37,6 +37,7 @@ MODULE_ORDER = [
     "patches",
     "losses",
     "metrics",
+    "pooled",
     "surfaces",
     "models",
     "inference",

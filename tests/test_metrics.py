@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 from monai.metrics import compute_confusion_matrix_metric, compute_dice, compute_iou, get_confusion_matrix
 from torchmetrics.functional import classification as tm
 
-from mitoseg_lib.metrics import PooledScores, Scores, iou, scores
+from mitoseg_lib.metrics import Scores, iou, scores
+from mitoseg_lib.pooled import PooledScores
 
 RATIOS = ("iou", "dice", "precision", "recall", "accuracy")
 

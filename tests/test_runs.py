@@ -84,6 +84,16 @@ def test_the_small_preset_loads_the_bundled_stacks_and_chooses_its_values():
     assert runs.Preset("full").choose(small=1, full=2) == 2
 
 
+def test_a_preset_names_the_files_of_its_images():
+    assert runs.preset("small").image_path("test").name == "phantom_test.tif"
+    assert runs.preset("small").image_path("train").is_file()
+
+
+def test_the_full_preset_names_the_real_files(epfl_folder):
+    assert runs.preset("full").image_path("test") == epfl_folder / "testing.tif"
+    assert runs.preset("full").image_path("train") == epfl_folder / "training.tif"
+
+
 def test_the_full_preset_without_data_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("MITOSEG_DATA", str(tmp_path))
     with pytest.raises(StackError, match=r"training\.tif"):

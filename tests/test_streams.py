@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mitoseg_lib.inference import median_filter_z
-from mitoseg_lib.streams import median_of_blocks, median_slices, overlapping_blocks
+from mitoseg_lib.streams import median_of_blocks, median_slices, overlapping_blocks, surroundings
 
 
 def cut(image, depths):
@@ -31,6 +31,28 @@ def test_blocks_are_those_of_the_padded_stack(depth, depths, size, reach, mode):
     assert len(found) == -(-depth // size)
     for number, block in enumerate(found):
         assert np.array_equal(block, padded[number * size : min((number + 1) * size, depth) + 2 * reach])
+
+
+@given(
+    depth=st.integers(1, 23),
+    size=st.integers(1, 9),
+    reach=st.integers(0, 5),
+    mode=st.sampled_from(["reflect", "symmetric"]),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=150)
+def test_blocks_of_a_part_need_only_its_surroundings(depth, size, reach, mode, data):
+    start = data.draw(st.integers(0, depth - 1))
+    part = range(start, data.draw(st.integers(start + 1, depth)))
+    image = np.arange(depth, dtype=np.uint8).reshape(depth, 1, 1)
+    padded = np.pad(image, ((reach, reach), (0, 0), (0, 0)), mode=mode)
+    needed = surroundings(part, reach, depth)
+    slabs = [image[needed.start : needed.stop]]
+    found = list(overlapping_blocks(slabs, depth, size=size, reach=reach, mode=mode, part=part))
+    for number, block in enumerate(found):
+        first = part.start + number * size
+        assert np.array_equal(block, padded[first : min(first + size, part.stop) + 2 * reach])
+    assert sum(len(block) - 2 * reach for block in found) == len(part)
 
 
 @given(

@@ -29,6 +29,7 @@ from mitoseg_lib.volumes import (
     MASK,
     VolumeError,
     VolumeOptions,
+    measure_objects,
     open_level,
     plan_volume,
     read_table,
@@ -245,6 +246,18 @@ def test_coarser_levels_show_the_same_objects(tmp_path, grey, monkeypatch):
         assert np.array_equal(open_level(job.group, MASK, number)[:] == 1, coarse > 0)
 
 
+def test_objects_in_memory_are_measured_alike(finished):
+    rows = measure_objects(open_level(finished, LABELS)[:].astype(np.int32), IMAGE, SIZE)
+    for row, expected in zip(rows, read_table(finished), strict=True):
+        for name, value in vars(row).items():
+            assert value == pytest.approx(getattr(expected, name), rel=1e-5, abs=1e-9), name
+
+
+def test_labels_that_cannot_be_measured_get_a_sentence():
+    with pytest.raises(ValueError, match=r"the same .* and numbers without gaps were expected"):
+        measure_objects(np.array([[[1, 0, 3]]]), np.zeros((1, 1, 3), np.uint8), SIZE)
+
+
 # --- interruptions ------------------------------------------------------------------------------------------
 
 
@@ -294,6 +307,19 @@ def test_a_full_disk_is_said_in_a_sentence_and_repaired_by_the_same_command(fini
     assert not target.exists()
     segment_volume(stack, target, OPTIONS, client=client)
     assert small_volume.files_of(target) == small_volume.files_of(finished)
+
+
+def test_killed_after_the_result_has_its_name_it_is_finished(finished, stack, tmp_path, client):
+    import shutil
+
+    target = tmp_path / "volume.zarr"
+    shutil.copytree(finished, target)
+    plan = plan_volume(stack, target, OPTIONS)
+    plan.job.progress.mkdir(parents=True)
+    (plan.folder / "plan.json").write_text("{}")
+    (tmp_path / ".volume.zarr.123.old").mkdir()
+    plan.run(client)
+    assert [path.name for path in tmp_path.iterdir()] == ["volume.zarr"]
 
 
 def test_two_at_once_are_refused(stack, tmp_path, client):

@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mitoseg_lib.errors import StackError
+from mitoseg_lib.memory import ENVIRONMENT
 from mitoseg_lib.volumes.job import VolumeError
 from mitoseg_lib.writers import FULL_DISK
 
@@ -39,6 +40,7 @@ SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.comm.timeouts.connect": "60s",
+    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in ENVIRONMENT.items()},
 }
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
 

@@ -20,17 +20,17 @@ from tqdm.auto import tqdm
 from mitoseg_lib import __version__
 from mitoseg_lib.errors import FilePath, StackError
 from mitoseg_lib.files import write_whole
-from mitoseg_lib.inference import is_bf16_native
+from mitoseg_lib.inference import batch_size_on, is_bf16_native
 from mitoseg_lib.prediction import Segmenter, choose_conversion, choose_device
 from mitoseg_lib.readers import SliceReader, open_reader
 from mitoseg_lib.stacks import file_sha256
 from mitoseg_lib.streams import surroundings
 from mitoseg_lib.tiff.metadata import VoxelSize
-from mitoseg_lib.volumes import work
 from mitoseg_lib.volumes.engine import Step, run_steps
 from mitoseg_lib.volumes.job import GROUP, PROGRESS, Job, VolumeError, sha256_of_slices, weights_path
 from mitoseg_lib.volumes.layout import create_group
 from mitoseg_lib.volumes.table import finish_group, read_provenance
+from mitoseg_lib.volumes.work import perform
 from mitoseg_lib.writers import check_target, is_zarr_name, replace_target
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ class VolumePlan:
             If some slabs couldn't be done, or the scheduler is gone; what is done stays.
         """
         if self.is_finished:
+            self._clear()
             return read_provenance(self.target)
         self.folder.mkdir(exist_ok=True)
         with _locked(self.folder / LOCK, self.target.name):
@@ -150,7 +151,7 @@ class VolumePlan:
                 raise VolumeError(_on_failures(failed))
             about = finish_group(self.job, self.fingerprint)
             replace_target(self.job.group, self.target)
-        shutil.rmtree(self.folder)
+        self._clear()
         return about
 
     def prepare(self, *, progress: bool = False) -> None:
@@ -161,7 +162,7 @@ class VolumePlan:
         StackError
             If there are those of another plan or input, and they aren't to be overwritten.
         """
-        found = _read_plan(self.folder)
+        found = _read_plan(self.folder) if self.job.group.exists() else None
         changed = self._changed_slices(progress) if found == self.fingerprint else None
         if found == self.fingerprint and changed is None:
             return
@@ -174,6 +175,13 @@ class VolumePlan:
         self.job.progress.mkdir()
         create_group(self.job.group, self.job.levels, self.job.voxel_size_nm, probabilities=self.job.probabilities)
         write_whole(self.folder / PLAN, json.dumps(self.fingerprint).encode())
+
+    def _clear(self) -> None:
+        """Remove what a finished volume doesn't need any more, also where a kill has prevented that."""
+        if self.folder.is_dir() and not self.job.group.exists():
+            shutil.rmtree(self.folder)
+        for replaced in self.target.parent.glob(f".{self.target.name}.*.old"):
+            shutil.rmtree(replaced)
 
     def _changed_slices(self, progress: bool) -> range | None:
         """First slab of the input that isn't as it was when it was predicted."""
@@ -260,8 +268,8 @@ def steps_of(job: Job) -> list[Step]:
     steps = []
 
     def add(name: str, needs: list[str], words: str, weight: float, *arguments: int) -> None:
-        work_of_kind = getattr(work, name.split("-")[0])
-        steps.append(Step(name, tuple(needs), partial(work_of_kind, job, *arguments), words, weight))
+        do = partial(perform, name.split("-")[0], job, *arguments)
+        steps.append(Step(name, tuple(needs), do, words, weight))
 
     slabs, predicted, batches = job.slabs(), job.predicted_slabs, range(job.n_batches)
     for i, slices in enumerate(predicted):
@@ -298,6 +306,7 @@ def _overlapping(kind: str, slabs: list[range], slices: range) -> list[str]:
 
 def _fingerprint(job: Job, reader: SliceReader) -> dict:
     """Return what the result depends on, beside the grey levels themselves."""
+    device = torch.device(job.device)
     return {
         "input": {"shape": list(job.shape), "dtype": str(reader.dtype)},
         "voxel_size_nm": list(job.voxel_size_nm),
@@ -311,6 +320,7 @@ def _fingerprint(job: Job, reader: SliceReader) -> dict:
             "device": job.device,
             "precision": job.precision,
             "threads": job.threads,
+            "slices_a_batch": batch_size_on(device),
             "slices_a_slab": len(job.predicted_slabs[0]),
             "torch": torch.__version__.split("+")[0],
             "mitoseg_lib": __version__,

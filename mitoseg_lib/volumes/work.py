@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from scipy import ndimage
 
 from mitoseg_lib.errors import named_errors
 from mitoseg_lib.instances import label_instances
-from mitoseg_lib.memory import reuse_memory
+from mitoseg_lib.memory import release_memory, reuse_memory
 from mitoseg_lib.shapes import find_axis, split_touching
 from mitoseg_lib.volumes.job import Digest, Job, slabs_of, update_sha256
 from mitoseg_lib.volumes.joining import Face, SlabObjects, join_slabs, label_slab, number_objects
@@ -42,6 +43,12 @@ from mitoseg_lib.writers import ZARR_CHUNK, encode_probabilities
 LARGEST_CROP = 2**25  # voxels of a box around an object that are looked at at once
 
 Box = tuple[slice, ...]
+
+
+def perform(kind: str, job: Job, *arguments: int) -> None:
+    """Do a step of some kind, and leave no more memory taken than before."""
+    STEPS[kind](job, *arguments)
+    release_memory()
 
 
 def segment(job: Job, index: int) -> None:
@@ -98,30 +105,19 @@ def join(job: Job) -> None:
 def split(job: Job, batch: int) -> None:
     """Separate the touching objects among some objects, and sum over the voxels of the parts."""
     loaded = job.load(f"joined-{batch}")
-    which, sums = loaded["which"], _sums(loaded)
-    places, numbers, owners, parts, n = [], [], [], [], 0
-    for number, lower, upper, first in zip(which, sums.lower, sums.upper, sums.first, strict=True):
-        if np.prod(upper - lower) > LARGEST_CROP:
-            continue  # as one object: said in the documentation
-        found = _parts(job, lower, upper, int(first))
-        if found is None:
-            continue
-        labels, part_sums = found
-        where = np.flatnonzero(labels)
-        index = [i + start for i, start in zip(np.unravel_index(where, labels.shape), lower, strict=True)]
-        places.append(np.ravel_multi_index(index, job.shape))
-        numbers.append(labels.ravel()[where].astype(np.int64) - 1 + n)
-        owners.append(number)
-        parts.append(part_sums)
-        n += len(part_sums)
-    empty = np.empty(0, np.int64)
-    kept = ObjectSums.concatenate([sums.take(empty), *parts])
-    found = {
-        "places": np.concatenate([empty, *places]),
-        "numbers": np.concatenate([empty, *numbers]),
-        "owners": np.array(owners, np.int64),
+    sums = _sums(loaded)
+    small = np.flatnonzero(np.prod(sums.upper - sums.lower, axis=1) <= LARGEST_CROP)  # others stay as they are
+    found = [(loaded["which"][i], _parts(job, sums.take([i]))) for i in small]
+    broken = [(owner, parts) for owner, parts in found if parts is not None]
+    offsets = np.cumsum([0, *(len(parts.sums) for _, parts in broken)])
+    none = np.empty(0, np.int64)
+    voxels = {
+        "owners": np.array([owner for owner, _ in broken], np.int64),
+        "places": np.concatenate([none, *(parts.places for _, parts in broken)]),
+        "numbers": np.concatenate([none, *(parts.numbers + n for (_, parts), n in zip(broken, offsets, strict=False))]),
     }
-    job.save(f"split-{batch}", found | kept.as_arrays())
+    kept = ObjectSums.concatenate([sums.take(none), *(parts.sums for _, parts in broken)])
+    job.save(f"split-{batch}", voxels | kept.as_arrays())
 
 
 def order(job: Job) -> None:
@@ -186,6 +182,11 @@ def measure(job: Job, batch: int) -> None:
     job.save(f"measure-{batch}", {"number": loaded["number"], "axes": np.array(rows, np.float64).reshape(-1, 3)})
 
 
+STEPS: dict[str, Callable[..., None]] = {
+    step.__name__: step for step in (segment, label, join, split, order, number, coarsen, measure)
+}
+
+
 # --- segment ------------------------------------------------------------------------------------------------
 
 
@@ -225,15 +226,28 @@ def _slab_objects(loaded: dict[str, NDArray]) -> SlabObjects:
     return SlabObjects(_sums(loaded), top, bottom)
 
 
-def _parts(job: Job, lower: NDArray, upper: NDArray, first: int) -> tuple[NDArray, ObjectSums] | None:
-    """Parts of one object, in its box, and their sums; None if it is one."""
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Parts of an object: indices of its voxels in the volume, the part of each from 0, and the parts' sums."""
+
+    places: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    sums: ObjectSums
+
+
+def _parts(job: Job, one: ObjectSums) -> _Parts | None:
+    """Parts of an object, given its sums; None if it is one."""
+    lower, upper = one.lower[0], one.upper[0]
     box = tuple(slice(a, b) for a, b in zip(lower.tolist(), upper.tolist(), strict=True))
     labels = label_instances(open_level(job.group, MASK)[box] == 1)
-    index = [i - a for i, a in zip(np.unravel_index(first, job.shape), lower, strict=True)]
-    parts = split_touching(labels == labels[tuple(index)], job.voxel_size_nm)
+    index = tuple(i - a for i, a in zip(np.unravel_index(one.first[0], job.shape), lower, strict=True))
+    parts = split_touching(labels == labels[index], job.voxel_size_nm)
     if parts.max() < 2:
         return None
-    return parts, sum_objects(parts, with_margin(parts), _raw_box(job, box), tuple(lower.tolist()), job.shape)
+    where = np.flatnonzero(parts)
+    places = [i + a for i, a in zip(np.unravel_index(where, parts.shape), lower, strict=True)]
+    sums = sum_objects(parts, with_margin(parts), _raw_box(job, box), tuple(lower.tolist()), job.shape)
+    return _Parts(np.ravel_multi_index(places, job.shape), parts.ravel()[where].astype(np.int64) - 1, sums)
 
 
 def _raw_box(job: Job, box: Box) -> NDArray:
