@@ -15,6 +15,7 @@ import tifffile
 import zarr
 from distributed import Client, LocalCluster
 from scipy import ndimage
+from small_models import grey_unet
 from typer.testing import CliRunner
 
 from mitoseg_lib.cli import app
@@ -38,6 +39,7 @@ from mitoseg_lib.volumes import (
     verify_volume,
 )  # fmt: skip
 from mitoseg_lib.volumes.engine import run_steps
+from mitoseg_lib.weights import MaskRule, save_weights
 
 SIZE = (5.0, 5.0, 5.0)
 OPTIONS = VolumeOptions(voxel_size_nm=SIZE, probabilities=True, device="cpu")
@@ -357,6 +359,31 @@ def test_a_finished_volume_is_left_as_it_is(finished, stack):
 def test_other_settings_are_refused_by_name(options, words, finished, stack):
     found = invoke(stack, finished, "--voxel-size", "5,5,5", "--probabilities", "--device", "cpu", *options)
     assert found.exit_code == 1 and f"({words})" in found.stderr and "--overwrite" in found.stderr
+
+
+def test_a_volume_that_another_version_has_finished_is_finished(finished, stack, monkeypatch, client):
+    monkeypatch.setattr("mitoseg_lib.volumes.plan.__version__", "99")
+    before = small_volume.files_of(finished)
+    assert plan_volume(stack, finished, OPTIONS).run(None)["objects"] == len(read_table(finished))
+    assert small_volume.files_of(finished) == before
+
+
+def test_an_unfinished_volume_of_another_version_is_refused(stack, tmp_path, monkeypatch, client):
+    plan = plan_volume(stack, tmp_path / "volume.zarr", OPTIONS)
+    plan.folder.mkdir()
+    plan.prepare()
+    monkeypatch.setattr("mitoseg_lib.volumes.plan.__version__", "99")
+    with pytest.raises(StackError, match=r"\(computed mitoseg lib\)"):
+        plan_volume(stack, tmp_path / "volume.zarr", OPTIONS).run(client)
+
+
+def test_another_model_is_refused(finished, stack, tmp_path):
+    save_weights(grey_unet(100), tmp_path / "other.safetensors", rule=MaskRule(0.35))
+    found = invoke(
+        stack, finished, "--voxel-size", "5,5,5", "--probabilities", "--device", "cpu",
+        "--weights", tmp_path / "other.safetensors",
+    )  # fmt: skip
+    assert found.exit_code == 1 and "model weights sha256" in found.stderr
 
 
 def test_a_changed_input_is_refused_with_its_slices(finished, stack, tmp_path, client):

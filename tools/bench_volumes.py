@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 from mitoseg_lib import __version__
 from mitoseg_lib.datasets import load_example
 from mitoseg_lib.files import write_whole
+from mitoseg_lib.instances import label_instances
 from mitoseg_lib.memory import reuse_memory
 from mitoseg_lib.prediction import Segmenter, choose_conversion
 from mitoseg_lib.readers import open_reader
@@ -212,11 +214,28 @@ def bench_overhead(row: Row, shape: tuple[int, ...] = (533, 768, 1024)) -> None:
         }
 
 
+def label_at_once() -> float:
+    """Number the objects of a mask as large as EPFL's whole volume in one go, and return the peak memory in GB."""
+    labels = load_example("test").labels
+    repeats_of = [-(-n // side) for n, side in zip(SHAPE, labels.shape, strict=True)]
+    mask = np.tile(labels, repeats_of)[tuple(slice(n) for n in SHAPE)].copy()
+    label_instances(mask)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def bench_naive(row: Row) -> None:
+    """What a script without slabs needs, for the numbering alone."""
+    with recording() as record:
+        _, gigabytes = in_a_process("label_at_once()")
+        row("numbering 1065 x 1536 x 2048 voxels at once: peak memory", f"{float(gigabytes):.1f} GB", "")
+        record["label_at_once_gb"] = round(float(gigabytes), 1)
+
+
 def bench_kills(row: Row, kills: int = KILLS) -> None:
     """Kill a whole run again and again at random moments, and compare what it ends with."""
     with tempfile.TemporaryDirectory() as name, recording() as record:
         folder, moments, equal, killed = Path(name), random.Random(0), 0, 0
-        source = write_volume(folder / "volume.tif", 72, (72, 256, 384))
+        source = write_volume(folder / "volume.tif", 72, (72, 640, 768))
         arguments = [source, folder / "whole.zarr", "--workers", 2, "--device", "cpu", "--probabilities"]
         took, _ = measured(*arguments)
         expected = files_sha256(folder / "whole.zarr")
@@ -226,9 +245,10 @@ def bench_kills(row: Row, kills: int = KILLS) -> None:
             process = subprocess.Popen(
                 command(*own), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
             )
-            time.sleep(moments.uniform(1, took))
-            killed += process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(moments.uniform(took / 3, took))  # before that, processes only start
+            if process.poll() is None:
+                killed += 1
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             measured(*own)
             equal += files_sha256(target) == expected

@@ -21,14 +21,14 @@ from mitoseg_lib import __version__
 from mitoseg_lib.errors import FilePath, StackError
 from mitoseg_lib.files import write_whole
 from mitoseg_lib.inference import batch_size_on, is_bf16_native
-from mitoseg_lib.prediction import Segmenter, choose_conversion, choose_device
+from mitoseg_lib.prediction import Conversion, Segmenter, choose_conversion, choose_device
 from mitoseg_lib.readers import SliceReader, open_reader
 from mitoseg_lib.stacks import file_sha256
 from mitoseg_lib.streams import surroundings
 from mitoseg_lib.tiff.metadata import VoxelSize
 from mitoseg_lib.volumes.engine import Step, run_steps
 from mitoseg_lib.volumes.job import GROUP, PROGRESS, Job, VolumeError, sha256_of_slices, weights_path
-from mitoseg_lib.volumes.layout import create_group
+from mitoseg_lib.volumes.layout import Shape, create_group
 from mitoseg_lib.volumes.table import finish_group, read_provenance
 from mitoseg_lib.volumes.work import perform
 from mitoseg_lib.writers import check_target, is_zarr_name, replace_target
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["VolumeOptions", "VolumePlan", "plan_volume", "steps_of"]
 
 UNFINISHED, PLAN, LOCK = ".unfinished", "plan.json", "lock"
+VERSIONS = ("torch", "mitoseg_lib")
 SHORT = 0.05  # how long the steps after the prediction take for a slice, beside it
 
 
@@ -220,15 +221,7 @@ def plan_volume(
     WeightsError, ValueError
         See `mitoseg_lib.prediction.Segmenter.load`.
     """
-    if not is_zarr_name(target):
-        raise StackError(
-            f"{Path(target).name} was given, but a volume becomes an OME-Zarr; give a name ending in .zarr."
-        )
-    if options.threads < 1 or options.min_volume_um3 < 0:
-        raise ValueError(
-            f"{options.threads} threads and a smallest volume of {options.min_volume_um3} µm³ were given, but 1 or more"
-            " and 0 or more were expected; correct them."
-        )
+    _require_possible(target, options)
     reader = open_reader(source)
     segmenter = Segmenter.load(options.weights, device=options.device, threshold=options.threshold, tta=options.tta)
     if options.voxel_size_nm is None and reader.voxel_size_nm is None:
@@ -240,24 +233,7 @@ def plan_volume(
         reader, segmenter.voxel_size_nm, segmenter.grey_range, voxel_size_nm=options.voxel_size_nm
     )
     target = check_target(target, reader.shape, overwrite=True, source=source)
-    device = choose_device(options.device)
-    job = Job(
-        source=os.fspath(Path(source).absolute()),
-        folder=os.fspath(target.absolute().with_name(target.name + UNFINISHED)),
-        shape=reader.shape,
-        voxel_size_nm=found.voxel_size_nm,
-        grey=found.grey,
-        weights=None if options.weights is None else os.fspath(Path(options.weights).absolute()),
-        weights_sha256=file_sha256(weights_path(options.weights)),
-        threshold=segmenter.threshold,
-        tta=options.tta,
-        device=device.type,
-        precision="bf16" if is_bf16_native(device) else "fp32",
-        threads=options.threads,
-        probabilities=options.probabilities,
-        min_volume_um3=float(options.min_volume_um3),
-        split=options.split,
-    )
+    job = _job((Path(source), target), reader.shape, found, segmenter.threshold, options)
     plan = VolumePlan(job, target, _fingerprint(job, reader), found.notes, overwrite)
     _require_own(plan, reader, progress)
     return plan
@@ -294,6 +270,42 @@ def steps_of(job: Job) -> list[Step]:
     for batch in batches:
         add(f"measure-{batch}", last, f"measuring objects, part {batch + 1} of {job.n_batches}", 1, batch)
     return steps
+
+
+def _require_possible(target: FilePath, options: VolumeOptions) -> None:
+    """Raise an error for a name or numbers that can't be meant."""
+    if not is_zarr_name(target):
+        raise StackError(
+            f"{Path(target).name} was given, but a volume becomes an OME-Zarr; give a name ending in .zarr."
+        )
+    if options.threads < 1 or options.min_volume_um3 < 0:
+        raise ValueError(
+            f"{options.threads} threads and a smallest volume of {options.min_volume_um3} µm³ were given, but 1 or more"
+            " and 0 or more were expected; correct them."
+        )
+
+
+def _job(paths: tuple[Path, Path], shape: Shape, found: Conversion, threshold: float, options: VolumeOptions) -> Job:
+    """What workers are told, of the volume from a path to another one."""
+    source, target = (path.absolute() for path in paths)
+    device = choose_device(options.device)
+    return Job(
+        source=os.fspath(source),
+        folder=os.fspath(target.with_name(target.name + UNFINISHED)),
+        shape=shape,
+        voxel_size_nm=found.voxel_size_nm,
+        grey=found.grey,
+        weights=None if options.weights is None else os.fspath(Path(options.weights).absolute()),
+        weights_sha256=file_sha256(weights_path(options.weights)),
+        threshold=threshold,
+        tta=options.tta,
+        device=device.type,
+        precision="bf16" if is_bf16_native(device) else "fp32",
+        threads=options.threads,
+        probabilities=options.probabilities,
+        min_volume_um3=float(options.min_volume_um3),
+        split=options.split,
+    )
 
 
 def _overlapping(kind: str, slabs: list[range], slices: range) -> list[str]:
@@ -347,6 +359,10 @@ def _differences(found: dict, wanted: dict) -> str:
     return ", ".join(name.strip().replace("_", " ") for name in names)
 
 
+def _without(part: object, keys: tuple[str, ...]) -> object:
+    return {key: value for key, value in part.items() if key not in keys} if isinstance(part, dict) else part
+
+
 def _flat(part: object) -> dict:
     return part if isinstance(part, dict) else {"": part}
 
@@ -364,10 +380,13 @@ def _require_own(plan: VolumePlan, reader: SliceReader, progress: bool) -> None:
             f"{plan.target.name} exists already, and is left as it is, since it isn't a volume that this command has"
             " made; use --overwrite, or give another name."
         )
-    found = {key: value for key, value in about.items() if key in plan.fingerprint}
-    found["input"] = {key: value for key, value in found["input"].items() if key != "sha256"}
-    if found != plan.fingerprint:
-        raise StackError(_on_changed_plan(plan.target.name, found, plan.fingerprint))
+    # What was finished by another version is finished, too.
+    found, wanted = (
+        {group: _without(one[group], ("sha256", *VERSIONS)) for group in plan.fingerprint}
+        for one in (about, plan.fingerprint)
+    )
+    if found != wanted:
+        raise StackError(_on_changed_plan(plan.target.name, found, wanted))
     slabs = dict(zip(plan.job.predicted_slabs, about["input"]["sha256"], strict=True))
     changed = _changed(reader, slabs, progress)
     if changed is not None:
