@@ -237,7 +237,6 @@ PARTS: dict[str, Callable[[], None]] = {
     "command": in_a_folder(bench_command),
     "volume-workers": lambda: bench_volumes.bench_workers(row),
     "volume-overhead": lambda: bench_volumes.bench_overhead(row),
-    "volume-naive": lambda: bench_volumes.bench_naive(row),
     "volume-kills": lambda: bench_volumes.bench_kills(row),
     "volume-sizes": lambda: bench_volumes.bench_sizes(row),
     "phantoms": in_a_folder(bench_phantoms),

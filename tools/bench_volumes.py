@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +22,6 @@ import torch
 from mitoseg_lib import __version__
 from mitoseg_lib.datasets import load_example
 from mitoseg_lib.files import write_whole
-from mitoseg_lib.instances import label_instances
 from mitoseg_lib.memory import reuse_memory
 from mitoseg_lib.prediction import Segmenter, choose_conversion
 from mitoseg_lib.readers import open_reader
@@ -76,13 +74,15 @@ def command(*arguments: object) -> list[str]:
 def measured(*arguments: object) -> tuple[float, float]:
     """Seconds of a run, and the largest sum of the memory (GB) of all its processes, which share what they share."""
     started, peak = time.perf_counter(), 0.0
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    tree = psutil.Process(process.pid)
-    while process.poll() is None:
-        peak = max(peak, memory_of(tree))
-        time.sleep(3)  # each look at the memory takes time, too
-    if process.returncode:
-        raise RuntimeError(process.communicate()[1][-2000:])
+    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads would be full some time
+        process = subprocess.Popen(command(*arguments), stdout=said, stderr=said)
+        tree = psutil.Process(process.pid)
+        while process.poll() is None:
+            peak = max(peak, memory_of(tree))
+            time.sleep(3)  # each look at the memory takes time, too
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(said.read()[-2000:])
     return time.perf_counter() - started, peak / 1e9
 
 
@@ -212,23 +212,6 @@ def bench_overhead(row: Row, shape: tuple[int, ...] = (533, 768, 1024)) -> None:
             "bare_loop_seconds": round(loop_took, 1),
             "one_worker_seconds": round(engine_took, 1),
         }
-
-
-def label_at_once() -> float:
-    """Number the objects of a mask as large as EPFL's whole volume in one go, and return the peak memory in GB."""
-    labels = load_example("test").labels
-    repeats_of = [-(-n // side) for n, side in zip(SHAPE, labels.shape, strict=True)]
-    mask = np.tile(labels, repeats_of)[tuple(slice(n) for n in SHAPE)].copy()
-    label_instances(mask)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def bench_naive(row: Row) -> None:
-    """What a script without slabs needs, for the numbering alone."""
-    with recording() as record:
-        _, gigabytes = in_a_process("label_at_once()")
-        row("numbering 1065 x 1536 x 2048 voxels at once: peak memory", f"{float(gigabytes):.1f} GB", "")
-        record["label_at_once_gb"] = round(float(gigabytes), 1)
 
 
 def bench_kills(row: Row, kills: int = KILLS) -> None:
