@@ -180,6 +180,7 @@ def test_sphericity_of_solids():
 
 
 @given(st.floats(1e-3, 1e4), st.floats(1, 1e3))
+@settings(deadline=None)
 def test_a_capsule_has_its_diameter(radius, slenderness):
     length = 2 * radius * slenderness
     volume = np.pi * radius**2 * length - 2 / 3 * np.pi * radius**3
@@ -187,6 +188,7 @@ def test_a_capsule_has_its_diameter(radius, slenderness):
 
 
 @given(st.floats(1e-3, 1e4), st.floats(1, 1e3))
+@settings(deadline=None)
 def test_what_holds_more_than_a_capsule_is_a_ball(length, times):
     volume = np.pi / 6 * length**3 * times
     assert capsule_diameter(volume, length) == pytest.approx(length * np.cbrt(times), rel=1e-6)
