@@ -80,6 +80,24 @@ def book_html():
     return book.HTML
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, which draws in 3D without a graphics card."""
+    import screenshots
+
+    executable = screenshots.find_chromium()
+    if executable is None:
+        message = "chromium isn't installed, so nothing can be looked at"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    software_gl = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with sync_playwright() as play:
+        started = play.chromium.launch(executable_path=executable, args=screenshots.CHROMIUM_OPTIONS + software_gl)
+        yield started
+        started.close()
+
+
 def pytest_configure(config):
     """Teach nbval to compare figures, and to overlook stderr (warnings differ between machines)."""
     if not config.pluginmanager.hasplugin("nbval"):

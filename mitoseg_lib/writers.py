@@ -14,9 +14,10 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,12 @@ __all__ = [
     "NOT_COMPUTED",
     "PROBABILITY_ONE",
     "check_target",
+    "chunk_shape",
+    "create_ome_array",
+    "describe_ome_image",
     "encode_probabilities",
+    "flush",
+    "flush_folder",
     "is_zarr_name",
     "replace_target",
     "write_slabs",
@@ -36,6 +42,7 @@ __all__ = [
 
 TIFF_SUFFIXES, ZARR_SUFFIX = (".tif", ".tiff"), ".zarr"
 PROBABILITY_ONE, NOT_COMPUTED = 254, 255
+PROBABILITY_NAME = f"probability, {PROBABILITY_ONE} is 1"  # of an image in an OME-Zarr
 ZARR_CHUNK = (8, 512, 512)  # voxels: 2 MB before compression
 LARGEST_TIFF = 2**32 - 2**25  # bytes: its pointers have 32 bits, and pages need some room besides pixels
 NGFF_VERSION = "0.5"
@@ -126,11 +133,11 @@ def write_slabs(
         checked = _checked(slabs, shape)
         write(unfinished, checked, shape, voxel_size_nm, is_mask)
         next(checked, None)  # a TIFF's writer stops after the last slice and wouldn't notice one too many
-        _flush(unfinished)
+        flush(unfinished)
         if os.path.lexists(path):  # also what someone else has put there in the meantime
             _require_replaceable(path, overwrite)
         replace_target(unfinished, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def _write_tiff(path: Path, slabs: Iterator[np.ndarray], shape: Shape, voxel_size_nm: VoxelSize, is_mask: bool) -> None:
@@ -153,39 +160,52 @@ def _write_tiff(path: Path, slabs: Iterator[np.ndarray], shape: Shape, voxel_siz
 def _write_zarr(path: Path, slabs: Iterator[np.ndarray], shape: Shape, voxel_size_nm: VoxelSize, is_mask: bool) -> None:
     """Write an OME-NGFF image of one level, as Zarr version 3, each chunk with a checksum."""
     import zarr
-    from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    group = zarr.create_group(path, zarr_format=3, attributes={"ome": _ngff(path, voxel_size_nm, is_mask)})
-    array = group.create_array(
-        "0",
-        shape=shape,
-        chunks=tuple(min(side, n) for side, n in zip(ZARR_CHUNK, shape, strict=True)),
-        dtype=np.uint8,
-        fill_value=NOT_COMPUTED,
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
-        dimension_names=("z", "y", "x"),
-        config={"write_empty_chunks": True},
-    )
+    name = "mask" if is_mask else PROBABILITY_NAME
+    image = describe_ome_image(name, [voxel_size_nm])
+    group = zarr.create_group(path, zarr_format=3, attributes={"ome": image})
+    array = create_ome_array(group, "0", shape, np.uint8, NOT_COMPUTED)
     start = 0
     for slab in slabs:
         array[start : start + len(slab)] = slab.astype(np.uint8)
         start += len(slab)
 
 
-def _ngff(path: Path, voxel_size_nm: VoxelSize, is_mask: bool) -> dict:
-    """Metadata of an OME-NGFF image (version 0.5, "multiscales")."""
-    scale = {"type": "scale", "scale": [float(edge) for edge in voxel_size_nm]}
-    name = "mask" if is_mask else f"probability, {PROBABILITY_ONE} is 1"
-    return {
-        "version": NGFF_VERSION,
-        "multiscales": [
-            {
-                "name": name,
-                "axes": [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"],
-                "datasets": [{"path": "0", "coordinateTransformations": [scale]}],
-            }
-        ],
-    }
+def create_ome_array(group: Any, name: str, shape: Shape, dtype: type, fill_value: int) -> Any:
+    """Create an empty array in a Zarr group: chunks of `chunk_shape`, each with a checksum, also if it is all 0."""
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunk_shape(shape),
+        dtype=dtype,
+        fill_value=fill_value,
+        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        dimension_names=("z", "y", "x"),
+        config={"write_empty_chunks": True},
+    )
+
+
+def chunk_shape(shape: Shape) -> Shape:
+    """Return the shape of the chunks of an array of some shape."""
+    return tuple(min(side, n) for side, n in zip(ZARR_CHUNK, shape, strict=True))
+
+
+def describe_ome_image(name: str, voxel_sizes_nm: Sequence[VoxelSize]) -> dict:
+    """Return the metadata (OME-NGFF 0.5, "multiscales") of an image whose levels, the finest first, are 0, 1, ...
+
+    A coarse voxel covers a block of fine ones, so its centre lies half a block less half a voxel farther.
+    """
+    datasets = []
+    for number, size in enumerate(voxel_sizes_nm):
+        steps = [{"type": "scale", "scale": [float(edge) for edge in size]}]
+        shift = [(coarse - fine) / 2 for coarse, fine in zip(size, voxel_sizes_nm[0], strict=True)]
+        if any(shift):
+            steps.append({"type": "translation", "translation": shift})
+        datasets.append({"path": str(number), "coordinateTransformations": steps})
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
+    return {"version": NGFF_VERSION, "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
 
 
 def _checked(slabs: Slabs, shape: Shape) -> Iterator[np.ndarray]:
@@ -262,7 +282,7 @@ def _naming_disk_errors(path: Path) -> Iterator[None]:
         raise StackError(f"{path.name} couldn't be written ({reason}), and nothing of it is left; {remedy}.") from None
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or all files of a folder, are on the disk."""
     files = [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
     for file in files:
@@ -270,7 +290,7 @@ def _flush(path: Path) -> None:
             os.fsync(stream.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Wait until a folder's names are on the disk; only POSIX can."""
     if os.name != "posix":
         return

@@ -66,20 +66,6 @@ def pages(book_html):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    executable = screenshots.find_chromium()
-    if executable is None:
-        message = "chromium isn't installed, so no page can be looked at"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=executable, args=screenshots.CHROMIUM_OPTIONS)
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def address(book_html):
     server = screenshots.serve(book_html)
     yield f"http://127.0.0.1:{server.server_port}/"

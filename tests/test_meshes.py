@@ -4,19 +4,16 @@ import base64
 import io
 import itertools
 import json
-import os
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import screenshots
 from mitoseg_lib.instances import label_instances
 from mitoseg_lib.meshes import Mesh, MeshFigure, make_meshes
 
 NM = (5.0, 5.0, 5.0)
-SOFTWARE_GL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 
 
 def ball(shape, centre, radius, size_nm=NM):
@@ -246,20 +243,6 @@ def test_a_figure_of_nothing_is_refused(change, words):
 
 
 # The figure in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = screenshots.find_chromium()
-    if executable is None:
-        message = "chromium isn't installed, so no figure can be looked at"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=executable, args=screenshots.CHROMIUM_OPTIONS + SOFTWARE_GL)
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -94,11 +94,9 @@ def test_the_mask_is_what_mitoseg_predict_writes(finished, stack, tmp_path, one_
 
 def test_probabilities_are_there_and_agree_with_the_mask(finished):
     probabilities, mask = (open_level(finished, what)[:] for what in ("probabilities", MASK))
-    threshold = Segmenter.load(device="cpu").threshold
-    assert (
-        np.array_equal(probabilities > round(254 * threshold), mask == 1)
-        or (np.abs(probabilities[(probabilities > 254 * threshold) != (mask == 1)] - 254 * threshold) <= 0.5).all()
-    )
+    limit = 254 * Segmenter.load(device="cpu").threshold
+    differs = (probabilities > limit) != (mask == 1)  # only where rounding has crossed the threshold
+    assert (np.abs(probabilities[differs] - limit) <= 0.5).all() and differs.mean() < 0.01
 
 
 def test_labels_are_those_of_the_whole_mask_in_voxel_order(finished):
@@ -158,7 +156,8 @@ def test_odd_sizes_and_other_voxels_are_as_mitoseg_predict_has_them(shape, size,
 
 
 def test_nothing_in_it_tells_of_this_machine(finished, stack):
-    secrets = [str(finished.parent), str(stack), stack.name, socket.gethostname(), time.strftime("%Y-%m-%d")]
+    secrets = [str(finished.parent), str(stack), stack.name, time.strftime("%Y-%m-%d")]
+    secrets += [name for name in [socket.gethostname()] if len(name) > 5]  # a shorter one stands in other words
     for path in finished.rglob("*"):
         text = path.read_text() if path.suffix in (".json", ".csv") else ""
         assert not [secret for secret in secrets if secret in text], path
@@ -392,6 +391,17 @@ def test_a_changed_input_is_refused_with_its_slices(finished, stack, tmp_path, c
     tifffile.imwrite(tmp_path / "stack.tif", changed, photometric="minisblack")
     with pytest.raises(StackError, match=r"stack.tif has changed in slices 32 to 43 since volume.zarr was made"):
         plan_volume(tmp_path / "stack.tif", finished, OPTIONS)
+
+
+def test_an_input_that_changes_its_shape_between_two_calls_is_opened_anew(tmp_path, client, one_thread):
+    path = tmp_path / "stack.tif"
+    for depth in (9, 12):
+        tifffile.imwrite(path, IMAGE[:depth], photometric="minisblack")
+        segment_volume(path, tmp_path / f"{depth}.zarr", OPTIONS, client=client)
+    direct = tmp_path / "other.tif"
+    tifffile.imwrite(direct, IMAGE[:12], photometric="minisblack")
+    segment_volume(direct, tmp_path / "direct.zarr", OPTIONS, client=client)
+    assert small_volume.files_of(tmp_path / "12.zarr") == small_volume.files_of(tmp_path / "direct.zarr")
 
 
 def test_an_unfinished_volume_of_a_changed_input_is_refused_unless_overwritten(

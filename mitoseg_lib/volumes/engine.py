@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
@@ -108,15 +108,15 @@ def connected_cluster(address: str) -> Iterator[Client]:
     """
     from distributed import Client
 
-    try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-        client.wait_for_workers(1, timeout=2 * CONNECT_SECONDS)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise VolumeError(
-            f"No Dask cluster with workers answers at {address} ({type(error).__name__}), but the address of its"
-            " scheduler was expected; check it, or leave out --scheduler."
-        ) from None
-    with client:
+    with ExitStack() as stack:
+        try:
+            client = stack.enter_context(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
+            client.wait_for_workers(1, timeout=2 * CONNECT_SECONDS)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise VolumeError(
+                f"No Dask cluster with workers answers at {address} ({type(error).__name__}), but the address of its"
+                " scheduler was expected; check it, or leave out --scheduler."
+            ) from None
         yield client
 
 

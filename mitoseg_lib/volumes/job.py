@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -132,7 +133,7 @@ class Job:
 
     def reader(self) -> SliceReader:
         """Return the opened input."""
-        return _reader(self.source)
+        return _reader(self.source, os.stat(self.source).st_mtime_ns)
 
     def segmenter(self) -> Segmenter:
         """Return the model, whose file must be the one that the volume was begun with."""
@@ -186,7 +187,8 @@ def weights_path(weights: FilePath | None) -> Path:
 
 
 @lru_cache(maxsize=2)
-def _reader(source: str) -> SliceReader:
+def _reader(source: str, changed_ns: int) -> SliceReader:
+    """Open an input once; anew when it has changed, since workers of a cluster live long."""
     return open_reader(source)
 
 

@@ -13,7 +13,6 @@ computed can't be taken for background. Each chunk has a checksum.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -23,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from mitoseg_lib.tiff.metadata import VoxelSize
-from mitoseg_lib.writers import NGFF_VERSION, NOT_COMPUTED, PROBABILITY_ONE, ZARR_CHUNK
+from mitoseg_lib.writers import (
+    NGFF_VERSION,
+    NOT_COMPUTED,
+    PROBABILITY_NAME,
+    chunk_shape,
+    create_ome_array,
+    describe_ome_image,
+    flush,
+    flush_folder,
+)
 
 __all__ = [
     "LABELS",
@@ -94,15 +102,16 @@ def create_group(path: Path, levels: tuple[Level, ...], voxel_size_nm: VoxelSize
     """Create the group with empty arrays at a path where nothing is."""
     import zarr
 
-    root = zarr.create_group(path, zarr_format=3, attributes={"ome": _image("mask", levels, voxel_size_nm)})
+    def image(name: str) -> dict:
+        return describe_ome_image(name, [level.voxel_size(voxel_size_nm) for level in levels])
+
+    root = zarr.create_group(path, zarr_format=3, attributes={"ome": image("mask")})
     _create_levels(root, levels, np.uint8, NOT_COMPUTED)
     root.create_group("labels", attributes={"ome": {"version": NGFF_VERSION, "labels": [LABELS.split("/")[1]]}})
-    numbered = _image("mitochondria", levels, voxel_size_nm) | {"image-label": {"source": {"image": "../../"}}}
-    group = root.create_group(LABELS, attributes={"ome": numbered})
-    _create_levels(group, levels, np.uint32, NO_NUMBER)
+    numbered = image("mitochondria") | {"image-label": {"source": {"image": "../../"}}}
+    _create_levels(root.create_group(LABELS, attributes={"ome": numbered}), levels, np.uint32, NO_NUMBER)
     if probabilities:
-        about = _image(f"probability, {PROBABILITY_ONE} is 1", levels, voxel_size_nm)
-        group = root.create_group(PROBABILITIES, attributes={"ome": about})
+        group = root.create_group(PROBABILITIES, attributes={"ome": image(PROBABILITY_NAME)})
         _create_levels(group, levels, np.uint8, NOT_COMPUTED)
 
 
@@ -115,7 +124,7 @@ def open_level(path: Path, what: str, level: int = 0, *, mode: str = "r") -> Any
 
 def chunk_paths(folder: Path, shape: Shape, slices: range) -> Iterator[tuple[Path, tuple[slice, ...]]]:
     """Yield the file of each chunk that holds some of the slices of an array, and its place in the array."""
-    chunks = _chunks(shape)
+    chunks = chunk_shape(shape)
     ranges = [range(slices.start // chunks[0], -(-slices.stop // chunks[0]))]
     ranges += [range(-(-n // c)) for n, c in zip(shape[1:], chunks[1:], strict=True)]
     for index in product(*ranges):
@@ -127,51 +136,12 @@ def flush_chunks(folder: Path, shape: Shape, slices: range) -> None:
     """Wait until the chunks of some slices, and their names, are on the disk."""
     folders = set()
     for path, _ in chunk_paths(folder, shape, slices):
-        _flush(path)
+        flush(path)
         folders |= {path.parent, path.parent.parent, path.parent.parent.parent}
-    if os.name == "posix":
-        for path in folders:
-            _flush(path)
-
-
-def _flush(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _chunks(shape: Shape) -> Shape:
-    return tuple(min(side, n) for side, n in zip(ZARR_CHUNK, shape, strict=True))
+    for path in folders:
+        flush_folder(path)
 
 
 def _create_levels(group: Any, levels: tuple[Level, ...], dtype: type, fill_value: int) -> None:
-    from zarr.codecs import Crc32cCodec, ZstdCodec
-
     for number, level in enumerate(levels):
-        group.create_array(
-            str(number),
-            shape=level.shape,
-            chunks=_chunks(level.shape),
-            dtype=dtype,
-            fill_value=fill_value,
-            compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            dimension_names=("z", "y", "x"),
-            config={"write_empty_chunks": True},
-        )
-
-
-def _image(name: str, levels: tuple[Level, ...], voxel_size_nm: VoxelSize) -> dict:
-    """OME-NGFF 0.5 metadata of an image with several levels.
-
-    A coarse voxel covers a block of fine ones, so its centre lies half a block less half a voxel farther.
-    """
-    datasets = []
-    for number, level in enumerate(levels):
-        scale = [float(edge) for edge in level.voxel_size(voxel_size_nm)]
-        shift = [(coarse - fine) / 2 for coarse, fine in zip(scale, voxel_size_nm, strict=True)]
-        steps = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": shift}]
-        datasets.append({"path": str(number), "coordinateTransformations": steps})
-    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
-    return {"version": NGFF_VERSION, "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
+        create_ome_array(group, str(number), level.shape, dtype, fill_value)

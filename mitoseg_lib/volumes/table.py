@@ -17,6 +17,7 @@ from mitoseg_lib.shapes import capsule_diameter, crofton_weights, find_axis, sph
 from mitoseg_lib.volumes.job import Job
 from mitoseg_lib.volumes.layout import TABLE
 from mitoseg_lib.volumes.sums import ObjectSums, sum_objects, with_margin
+from mitoseg_lib.writers import flush, flush_folder
 
 __all__ = ["Measurement", "finish_group", "measure_objects", "measurements", "read_provenance", "read_table"]
 
@@ -182,9 +183,9 @@ def finish_group(job: Job, fingerprint: dict) -> dict:
     about |= {"objects": len(sums), "table_sha256": hashlib.sha256(table).hexdigest()}
     _describe(job.group, about)
     _sweep(job.group)
-    for path in (job.group / TABLE, job.group / "zarr.json"):
-        with open(path, "rb+") as stream:
-            os.fsync(stream.fileno())
+    flush(job.group / TABLE)
+    flush(job.group / "zarr.json")
+    flush_folder(job.group)
     return about
 
 

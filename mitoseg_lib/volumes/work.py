@@ -27,7 +27,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from mitoseg_lib.errors import named_errors
 from mitoseg_lib.instances import label_instances
@@ -194,7 +193,7 @@ def _model_slabs(job: Job, needed: range, own: range, digest: Digest) -> Iterato
     """Read slices as the model takes them, some at a time, and take the sha256 of those that are the slab's own."""
     for few in slabs_of(len(needed), ZARR_CHUNK[0]):
         slices = needed[few.start : few.stop]
-        values = job.reader().read(slices.start, slices.stop)
+        values = job.raw_slices(slices)
         update_sha256(digest, values[max(0, own.start - slices.start) : max(0, own.stop - slices.start)])
         with named_errors(job.source):
             image = job.grey.apply(values)
@@ -282,8 +281,8 @@ def _axis(job: Job, number: int, lower: NDArray, upper: NDArray) -> tuple[float,
     """Length of an object's axis, of axis and branches, in nm, and how many branches; NaN where it is too thin."""
     level, box = _fitting_box(job, lower, upper)
     mask = open_level(job.group, LABELS, level)[box] == number
-    parts, n_parts = ndimage.label(mask, np.ones((3, 3, 3)))
-    if n_parts == 0:  # thinner than a voxel of the coarse level that a box as large as this needs
+    parts = label_instances(mask)
+    if not parts.any():  # thinner than a voxel of the coarse level that a box as large as this needs
         return (np.nan, np.nan, np.nan)
     largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
     axis = find_axis(largest, job.levels[level].voxel_size(job.voxel_size_nm))
