@@ -433,3 +433,11 @@ def test_a_run_says_which_gpu_made_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")  # raises if torch has no such name
     assert recording.device_name() == "a GPU"
+
+
+def test_a_median_is_measured_on_neighbouring_slices():
+    train = load_example("train")
+    apart, together = (recording._some_slices(train, are_neighbours) for are_neighbours in (False, True))
+    middle = (len(train.image) - 13) // 2
+    assert np.array_equal(together.image, train.image[middle : middle + 13])
+    assert np.array_equal(apart.image[[0, -1]], train.image[[0, -1]]) and len(apart.image) == 13
