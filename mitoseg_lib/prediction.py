@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from mitoseg_lib.inference import predict_stack, predict_turned
 from mitoseg_lib.readers import SliceReader, open_reader
 from mitoseg_lib.streams import median_of_blocks, median_slices, overlapping_blocks, surroundings
 from mitoseg_lib.tiff.metadata import VoxelSize
-from mitoseg_lib.weights import load_weights
+from mitoseg_lib.weights import WeightsMetadata, load_weights, read_metadata
 from mitoseg_lib.writers import check_target, encode_probabilities, write_slabs
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Segmenter",
     "choose_conversion",
     "choose_device",
+    "metadata_for_slices",
     "plan_prediction",
     "resample",
 ]
@@ -112,19 +113,12 @@ class Segmenter:
             If the device or the threshold can't be had.
         """
         chosen = choose_device(device)
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"The threshold is {threshold}, but a probability from 0 to 1 was expected; correct it.")
-        model, metadata = load_weights(weights)
-        if getattr(model, "ndim", 2) == 3:
-            raise ValueError(
-                f"{weights} holds a 3D network, but one for slices was expected; call "
-                "mitoseg_lib.inference.predict_stack with it, or use another file."
-            )
-        threshold = metadata.threshold if threshold is None else threshold
+        metadata = metadata_for_slices(weights, threshold)
+        model, _ = load_weights(weights)
         return cls(
             model.to(chosen),
             metadata.voxel_size_nm,
-            threshold,
+            metadata.threshold,
             metadata.grey_range,
             tta,
             metadata.median,
@@ -194,6 +188,27 @@ class Segmenter:
             if n_slices > 1:  # each slice with its neighbours as channels, without a copy
                 block = np.moveaxis(np.lib.stride_tricks.sliding_window_view(block, n_slices, axis=0), -1, 1)
             yield predict(self.model, block, window=window, precision=self.precision)
+
+
+def metadata_for_slices(weights: FilePath | None = None, threshold: float | None = None) -> WeightsMetadata:
+    """Return what weights say of themselves, with a threshold instead of their own.
+
+    Raises
+    ------
+    WeightsError
+        See `mitoseg_lib.weights.load_weights`.
+    ValueError
+        If they are a 3D network's, or the threshold isn't a probability.
+    """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"The threshold is {threshold}, but a probability from 0 to 1 was expected; correct it.")
+    metadata = read_metadata(weights)
+    if metadata.options.get("ndim") == 3:
+        raise ValueError(
+            f"{weights} holds a 3D network, but one for slices was expected; call "
+            "mitoseg_lib.inference.predict_stack with it, or use another file."
+        )
+    return metadata if threshold is None else replace(metadata, threshold=threshold)
 
 
 @dataclass(frozen=True)

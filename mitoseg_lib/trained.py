@@ -23,7 +23,7 @@ from mitoseg_lib.recipes import Recipe, recipe_named
 from mitoseg_lib.recording import first_choice, weights_path
 from mitoseg_lib.runs import RESULTS, Preset, read_run, run_path
 from mitoseg_lib.stacks import Stack
-from mitoseg_lib.weights import WeightsMetadata, load_weights
+from mitoseg_lib.weights import WeightsMetadata, load_weights, read_metadata
 
 __all__ = ["KEPT", "REPEATED", "Bench", "Trained"]
 
@@ -146,7 +146,7 @@ class Bench:
 
     def metadata(self, trained: Trained) -> WeightsMetadata:
         """Return what a model's file says of it."""
-        return load_weights(trained.path)[1]
+        return read_metadata(trained.path)
 
     def predict(self, trained: Trained, image: NDArray[np.uint8], way: str) -> Probabilities:
         """Return a model's probabilities of an image, in one of the `WAYS`."""

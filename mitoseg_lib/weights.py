@@ -28,7 +28,15 @@ from mitoseg_lib.errors import FilePath
 from mitoseg_lib.files import hash_path, write_whole
 from mitoseg_lib.models import EncoderUNet, UNet, encoder_unet
 
-__all__ = ["MaskRule", "WeightsError", "WeightsMetadata", "load_weights", "save_weights", "shipped_weights"]
+__all__ = [
+    "MaskRule",
+    "WeightsError",
+    "WeightsMetadata",
+    "load_weights",
+    "read_metadata",
+    "save_weights",
+    "shipped_weights",
+]
 
 KEY, FORMAT = "mitoseg", 1  # of the header; one key, since safetensors writes several in any order
 SHIPPED = "efficientnet_lite0.safetensors"
@@ -169,6 +177,18 @@ def load_weights(path: FilePath | None = None) -> tuple[EncoderUNet | UNet, Weig
     except SafetensorError as error:
         raise WeightsError(f"{path.name} can't be read ({error}); get it again.") from None
     return _checked_model(metadata, tensors, path.name).eval(), metadata
+
+
+def read_metadata(path: FilePath | None = None) -> WeightsMetadata:
+    """Return what a file of weights (None: the shipped one) says of itself, without the model, which takes longer.
+
+    Raises
+    ------
+    WeightsError
+        See `load_weights`.
+    """
+    path = shipped_weights() if path is None else Path(path)
+    return _read_metadata(_verified(path), path.name)
 
 
 def shipped_weights() -> Path:

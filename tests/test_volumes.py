@@ -14,6 +14,8 @@ import small_volume
 import tifffile
 import zarr
 from distributed import Client, LocalCluster
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import ndimage
 from small_models import grey_unet
 from typer.testing import CliRunner
@@ -187,6 +189,15 @@ def balls(shape, *spheres):
     for *centre, radius in spheres:
         mask |= sum((i - c) ** 2 for i, c in zip(np.indices(shape), centre, strict=True)) <= radius**2
     return mask
+
+
+@given(depth=st.integers(1, 5000))
+def test_predicted_slabs_are_even_and_cover_the_volume(depth):
+    slabs = small_volume.job_of("grey.tif", "work", (depth, 8, 8)).predicted_slabs
+    assert [z for slab in slabs for z in slab] == list(range(depth))
+    layers = [-(-len(slab) // 8) for slab in slabs]
+    assert max(layers) - min(layers) <= 1 and max(layers) <= 16 and layers == sorted(layers, reverse=True)
+    assert all(slab.start % 8 == 0 for slab in slabs) and (len(slabs) == 1 or len(slabs) % 2 == 0)
 
 
 @pytest.mark.parametrize("slab", [8, 16, 1000])
@@ -389,7 +400,7 @@ def test_a_changed_input_is_refused_with_its_slices(finished, stack, tmp_path, c
     changed = IMAGE.copy()
     changed[40, 50, 60] += 1
     tifffile.imwrite(tmp_path / "stack.tif", changed, photometric="minisblack")
-    with pytest.raises(StackError, match=r"stack.tif has changed in slices 32 to 43 since volume.zarr was made"):
+    with pytest.raises(StackError, match=r"stack.tif has changed in slices 24 to 43 since volume.zarr was made"):
         plan_volume(tmp_path / "stack.tif", finished, OPTIONS)
 
 
@@ -414,7 +425,7 @@ def test_an_unfinished_volume_of_a_changed_input_is_refused_unless_overwritten(
     first.folder.mkdir()
     first.prepare()
     run_steps(steps_of(first.job)[:1], client, is_done=first.job.is_done)
-    with pytest.raises(StackError, match=r"stack.tif has changed in slices 0 to 31"):
+    with pytest.raises(StackError, match=r"stack.tif has changed in slices 0 to 23"):
         segment_volume(stack, tmp_path / "volume.zarr", OPTIONS, client=client)
     segment_volume(stack, tmp_path / "volume.zarr", OPTIONS, client=client, overwrite=True)
     assert small_volume.files_of(tmp_path / "volume.zarr") == small_volume.files_of(finished)
@@ -445,6 +456,18 @@ def test_what_the_command_did_not_make_is_left_alone(stack, tmp_path):
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_planning_needs_no_network():
+    code = (
+        "import sys; from mitoseg_lib.volumes import plan_volume, VolumeOptions; import numpy, tifffile, tempfile\n"
+        "with tempfile.TemporaryDirectory() as name:\n"
+        "    tifffile.imwrite(f'{name}/a.tif', numpy.arange(512, dtype='uint8').reshape(8, 8, 8))\n"
+        "    plan_volume(f'{name}/a.tif', f'{name}/a.zarr', VolumeOptions(voxel_size_nm=(5, 5, 5), device='cpu'))\n"
+        "print('segmentation_models_pytorch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"  # its import takes seconds, and only workers need it
 
 
 def test_a_missing_voxel_size_is_asked_for(stack, tmp_path):
@@ -541,6 +564,6 @@ def test_failed_slabs_are_named(stack, tmp_path, client, monkeypatch):
     plan = plan_volume(stack, tmp_path / "volume.zarr", OPTIONS)
     lost = {step.name: step for step in steps_of(plan.job)[:1]}
     monkeypatch.setattr(plans, "run_steps", lambda *_, **__: lost)
-    with pytest.raises(VolumeError, match=r"died twice of 1 step \(predicting slices 0 to 31\)"):
+    with pytest.raises(VolumeError, match=r"died twice of 1 step \(predicting slices 0 to 23\)"):
         plan.run(client)
     assert not (tmp_path / "volume.zarr").exists() and plan.folder.exists()

@@ -12,7 +12,7 @@ import mitoseg_lib
 from mitoseg_lib.inference import predict_stack
 from mitoseg_lib.metrics import iou
 from mitoseg_lib.models import UNet, calibrate_encoder, encoder_unet
-from mitoseg_lib.weights import MaskRule, WeightsError, load_weights, save_weights, shipped_weights
+from mitoseg_lib.weights import MaskRule, WeightsError, load_weights, read_metadata, save_weights, shipped_weights
 
 
 def saved(tmp_path, model=None, **options):
@@ -65,6 +65,7 @@ def test_a_network_with_neighbours_comes_back_as_one(tmp_path):
     model = encoder_unet("efficientnet_lite0", weights=None, frozen=False, neighbours=True)
     path = saved(tmp_path, model, encoder="efficientnet_lite0")
     found, metadata = load_weights(path)
+    assert read_metadata(path) == metadata
     assert metadata.options == {"neighbours": True} and found.n_slices == 3
     assert found(torch.rand(1, 3, 32, 32)).shape == (1, 1, 32, 32)
 

@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -27,8 +28,8 @@ from mitoseg_lib.writers import ZARR_CHUNK
 
 __all__ = ["Job", "VolumeError", "sha256_of_slices", "slabs_of", "update_sha256", "weights_path"]
 
-# Slices of a predicted slab. Thick ones cost less: what a median reaches into is predicted by both neighbours. Thin
-# ones are shared out more evenly, and less is lost with a worker.
+# Slices of a predicted slab. Thick ones cost less: what a median reaches into is predicted by both neighbours. Of thin
+# ones less is lost with a worker.
 THINNEST, THICKEST, SHARE = 32, 128, 4
 LARGEST_SLAB = 2**25  # voxels that are numbered or coarsened at a time, unless one layer of chunks has more
 GROUP, PROGRESS = "volume.zarr", "progress"  # what the folder of an unfinished volume holds
@@ -110,9 +111,10 @@ class Job:
 
     @property
     def predicted_slabs(self) -> list[range]:
-        """Slices that are predicted at a time: whole chunks, a fourth of a volume that is neither thin nor thick."""
+        """Slices that are predicted at a time: whole chunks, shared out evenly among 2, 4, 8 and more workers."""
         wanted = min(max(self.shape[0] / SHARE, THINNEST), THICKEST)
-        return slabs_of(self.shape[0], math.ceil(wanted / ZARR_CHUNK[0]) * ZARR_CHUNK[0])
+        n_slabs = math.ceil(self.shape[0] / wanted)
+        return _even_slabs(self.shape[0], n_slabs + n_slabs % 2 if n_slabs > 1 else 1)
 
     def slabs(self, level: int = 0) -> list[range]:
         """Slices of a level that are numbered, or made from the finer level, at a time: whole chunks."""
@@ -166,6 +168,14 @@ class Job:
 def slabs_of(depth: int, size: int) -> list[range]:
     """Cut so many slices into slabs of one size, the last of which may be thinner."""
     return [range(start, min(start + size, depth)) for start in range(0, depth, size)]
+
+
+def _even_slabs(depth: int, n_slabs: int) -> list[range]:
+    """Cut so many slices into slabs of whole chunks that differ by one at most, the thicker ones first."""
+    layers = slabs_of(depth, ZARR_CHUNK[0])
+    few, more = divmod(len(layers), n_slabs)
+    starts = [index * few + min(index, more) for index in range(n_slabs + 1)]
+    return [range(layers[a].start, layers[b - 1].stop) for a, b in pairwise(starts) if a < b]
 
 
 def sha256_of_slices(reader: SliceReader, slices: range) -> str:

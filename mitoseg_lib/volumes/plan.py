@@ -21,7 +21,7 @@ from mitoseg_lib import __version__
 from mitoseg_lib.errors import FilePath, StackError
 from mitoseg_lib.files import write_whole
 from mitoseg_lib.inference import batch_size_on, is_bf16_native
-from mitoseg_lib.prediction import Conversion, Segmenter, choose_conversion, choose_device
+from mitoseg_lib.prediction import Conversion, choose_conversion, choose_device, metadata_for_slices
 from mitoseg_lib.readers import SliceReader, open_reader
 from mitoseg_lib.stacks import file_sha256
 from mitoseg_lib.streams import surroundings
@@ -219,21 +219,19 @@ def plan_volume(
         If the input isn't a grey volume, its voxel size isn't known, or something else is at the target: another
         file, or the result of another input, model or settings.
     WeightsError, ValueError
-        See `mitoseg_lib.prediction.Segmenter.load`.
+        See `mitoseg_lib.prediction.metadata_for_slices`.
     """
     _require_possible(target, options)
     reader = open_reader(source)
-    segmenter = Segmenter.load(options.weights, device=options.device, threshold=options.threshold, tta=options.tta)
+    model = metadata_for_slices(options.weights, options.threshold)  # the model itself is loaded by the workers
     if options.voxel_size_nm is None and reader.voxel_size_nm is None:
         raise StackError(
             f"{reader.name} doesn't state its voxel size, but volumes in µm³ need it; give it with --voxel-size, in nm"
             " in the order z,y,x."
         )
-    found = choose_conversion(
-        reader, segmenter.voxel_size_nm, segmenter.grey_range, voxel_size_nm=options.voxel_size_nm
-    )
+    found = choose_conversion(reader, model.voxel_size_nm, model.grey_range, voxel_size_nm=options.voxel_size_nm)
     target = check_target(target, reader.shape, overwrite=True, source=source)
-    job = _job((Path(source), target), reader.shape, found, segmenter.threshold, options)
+    job = _job((Path(source), target), reader.shape, found, model.threshold, options)
     plan = VolumePlan(job, target, _fingerprint(job, reader), found.notes, overwrite)
     _require_own(plan, reader, progress)
     return plan
