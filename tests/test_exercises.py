@@ -1,4 +1,4 @@
-"""The code of every solution runs, after the chapter's own, as a learner would run it."""
+"""The code of every solution runs, after the chapter's own, as a learner would run it, and passes its checker."""
 
 import re
 
@@ -22,10 +22,14 @@ def test_solutions_run(path):
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     found = solutions(notebook)
-    assert len(found) >= 3
     cells = [nbformat.v4.new_code_cell(code) for code in found]
     notebook.cells += cells
     execute.run(notebook, path.parent, "small")  # an error in a cell raises
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [o for o in outputs if o.get("name") == "stderr"]
     assert all(cell.outputs for cell in cells)
+    said = [o.data["text/plain"] for o in outputs if o.output_type == "execute_result"]
+    right = [words for words in said if words.startswith("Right: ")]
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    exercises = re.findall(r"^\*\*\d+\. ", prose.split("## Exercises")[1], flags=re.M)
+    assert 3 <= len(exercises) == len(right) and "Not yet" not in str(said)

@@ -46,6 +46,7 @@ MODULE_ORDER = [
     "checkpoints",
     "weights",
     "grey",
+    "onnx_export",
     "writers",
     "prediction",
     "robustness",
@@ -87,6 +88,9 @@ MODULE_ORDER = [
     "recording",
     "trained",
     "measurements",
+    "exercises.feedback",
+    "exercises",
+    *[f"exercises.chapter{number}" for number in range(1, 10)],
     "cli",
 ]
 IMAGE = ("image/png", "image/jpeg")

@@ -181,7 +181,7 @@ def bench_sizes(row: Row, depths: tuple[int, ...] = (133, 266, 533, 1065)) -> No
         row("mask repeats like its input, all volumes", str(all(one["repeats"] for one in found)), "True")
 
 
-def bench_workers(row: Row, shape: tuple[int, ...] = (266, 768, 1024)) -> None:
+def bench_workers(row: Row, shape: tuple[int, ...] = (533, 768, 1024)) -> None:
     """Two workers against one."""
     with tempfile.TemporaryDirectory() as name, recording() as record:
         folder = Path(name)
@@ -195,7 +195,7 @@ def bench_workers(row: Row, shape: tuple[int, ...] = (266, 768, 1024)) -> None:
         }
 
 
-def bench_overhead(row: Row, shape: tuple[int, ...] = (533, 768, 1024)) -> None:
+def bench_overhead(row: Row, shape: tuple[int, ...] = (1065, 768, 1024)) -> None:
     """One worker against a bare loop in one process."""
     with tempfile.TemporaryDirectory() as name, recording() as record:
         folder = Path(name)

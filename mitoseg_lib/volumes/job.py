@@ -30,7 +30,7 @@ __all__ = ["Job", "VolumeError", "sha256_of_slices", "slabs_of", "update_sha256"
 
 # Slices of a predicted slab. Thick ones cost less: what a median reaches into is predicted by both neighbours. Of thin
 # ones less is lost with a worker.
-THINNEST, THICKEST, SHARE = 32, 128, 4
+THINNEST, THICKEST, SHARE = 32, 192, 4
 LARGEST_SLAB = 2**25  # voxels that are numbered or coarsened at a time, unless one layer of chunks has more
 GROUP, PROGRESS = "volume.zarr", "progress"  # what the folder of an unfinished volume holds
 
