@@ -33,7 +33,7 @@ lint: .venv/.installed
 
 lock: .venv/.installed  ## compile requirements.txt anew from pyproject.toml, without any address
 	@$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --no-emit-index-url --no-header \
-		--extra book --extra test pyproject.toml --output-file requirements.txt
+		--extra onnx --extra book --extra test pyproject.toml --output-file requirements.txt
 
 data: .venv/.installed  ## make the bundled phantom stacks again (equal pixels)
 	@$(PYTHON) -m mitoseg_lib.phantom data

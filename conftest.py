@@ -98,6 +98,45 @@ def browser():
         started.close()
 
 
+@pytest.fixture(scope="module")
+def address(book_html):
+    """Where a server gives out the built book."""
+    import screenshots
+
+    server = screenshots.serve(book_html)
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Opens a page and collects whatever it asks of other hosts, and its errors."""
+    opened = []
+
+    def open_(name, theme="light"):
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened.append(page)
+        page.requests_elsewhere, page.errors = [], []
+
+        def gate(route):
+            if route.request.url.startswith((address, "data:", "blob:")):
+                return route.continue_()
+            page.requests_elsewhere.append(route.request.url)
+            return route.abort()
+
+        page.route("**/*", gate)
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
+        page.on("response", lambda r: page.errors.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        page.add_init_script(f"localStorage.setItem('mode', '{theme}')")
+        page.goto(address + name, wait_until="networkidle")
+        return page
+
+    yield open_
+    for page in opened:
+        page.close()
+
+
 def pytest_configure(config):
     """Teach nbval to compare figures, and to overlook stderr (warnings differ between machines)."""
     if not config.pluginmanager.hasplugin("nbval"):

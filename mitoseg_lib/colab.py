@@ -42,13 +42,15 @@ def missing_requirements(
     return missing
 
 
-def install_missing() -> list[str]:
-    """Install what the course needs and Colab lacks; return the names.
+def install_missing(*extras: str) -> list[str]:
+    """Install what the course and some of its extras need and Colab lacks; return the names.
 
     pip is held to the installed torch, torchvision and numpy by a constraints file, so that a dependency's wish for
     another version is an error and never a replacement.
     """
-    missing = missing_requirements(tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"])
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    wanted = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
+    missing = missing_requirements(wanted)
     if not missing:
         return []
     held = [f"{name}=={version}" for name in NEVER_TOUCHED if (version := installed_version(name))]

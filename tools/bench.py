@@ -16,6 +16,7 @@ from monai.inferers import sliding_window_inference
 from torch import nn
 
 import bench_volumes
+import bench_web
 from mitoseg_lib import phantom
 from mitoseg_lib.datasets import fetch_epfl, load_epfl, load_example
 from mitoseg_lib.inference import is_bf16_native, predict_stack
@@ -239,6 +240,8 @@ PARTS: dict[str, Callable[[], None]] = {
     "volume-overhead": lambda: bench_volumes.bench_overhead(row),
     "volume-kills": lambda: bench_volumes.bench_kills(row),
     "volume-sizes": lambda: bench_volumes.bench_sizes(row),
+    "onnx": lambda: bench_web.bench_onnx(row),
+    "demo": lambda: bench_web.bench_demo(row),
     "phantoms": in_a_folder(bench_phantoms),
     "book": bench_book,
 }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import execute
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ def build(source: Path = ROOT) -> Path:
     page = output / "html" / "index.html"
     if finished.returncode or not page.exists():
         raise SystemExit("The book was not built: the lines above say why.")
+    demo.add_to(output / "html")
     return page
 
 

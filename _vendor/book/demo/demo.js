@@ -47,7 +47,7 @@ const answers = {
       say(`The model wasn't loaded: ${words}. Check the connection, and try again.`);
     } else {
       part("input").disabled = false;
-      say(`The image can't be segmented (${words}). It may be too large for this browser's memory: cut out a part of it.`);
+      say(`The image can't be segmented (${words}). If memory is short, cut out a part of it; then load this page again.`);
     }
   },
 };

@@ -83,13 +83,13 @@ async function segment({ grey, height, width }) {
   slices.copyWithin(plane, 0, plane);
   slices.copyWithin(2 * plane, 0, plane);
   const input = new ort.Tensor("float32", slices, [1, 3, rows.length, columns.length]);
-  const found = await session.run({ slices: input });
+  const { logits } = await session.run({ slices: input });
   const probability = new Float32Array(height * width);
-  for (let y = 0; y < height; y++) {
-    const start = y * columns.length;
-    probability.set(found.probability.data.subarray(start, start + width), y * width);
+  for (let y = 0, i = 0; y < height; y++) {
+    const row = y * columns.length;
+    for (let x = 0; x < width; x++) probability[i++] = 1 / (1 + Math.exp(-logits.data[row + x]));
   }
-  found.probability.dispose();
+  logits.dispose();
   const seconds = (performance.now() - started) / 1000;
   postMessage({ kind: "segmented", probability, seconds }, [probability.buffer]);
 }
