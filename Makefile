@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 PRESET ?= small
 UV := .venv/bin/uv
 
-.PHONY: book test bench execute lint lock data repository clean
+.PHONY: book test test-colab bench execute lint lock data repository clean
 .DEFAULT_GOAL := book
 
 .venv/.installed: requirements.txt pyproject.toml
@@ -19,6 +19,9 @@ book: .venv/.installed  ## build the book; PRESET=full executes the chapters on 
 test: lint book  ## everything: lint, the book, unit tests, chapters (outputs compared), browser tests
 	@echo "Running the tests ..."
 	@$(PYTHON) -m pytest --nbval
+
+test-colab: .venv/.installed  ## run all chapters as in Colab, in a fresh environment
+	@$(PYTHON) -m pytest tests/test_colab_emulation.py --all-in-colab
 
 bench: .venv/.installed  ## speed, as ratios within one run
 	@$(PYTHON) tools/bench.py

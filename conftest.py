@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_on_this_machine_only)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def network_environment():
     """The environment as it was before the proxies were cut: only for installing packages."""
     kept = {name: value for name, value in os.environ.items() if name not in CHILD_ENVIRONMENT}
@@ -135,6 +136,28 @@ def open_page(browser, address):
     yield open_
     for page in opened:
         page.close()
+
+
+@pytest.fixture(scope="session")
+def local_clone(tmp_path_factory):
+    """A repository that holds the work tree as it is now, for the set-up cell to clone."""
+    clone = tmp_path_factory.mktemp("clone") / "origin"
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    ).stdout.split(b"\0")
+    for name in filter(None, map(os.fsdecode, files)):
+        if (ROOT / name).exists():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            (clone / name).write_bytes((ROOT / name).read_bytes())
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    return clone
+
+
+def pytest_addoption(parser):
+    """What takes long and is asked for by name only."""
+    parser.addoption("--all-in-colab", action="store_true", help="run every chapter as in Colab, not the first alone")
 
 
 def pytest_configure(config):

@@ -45,6 +45,7 @@ def test_a_right_answer_is_said_to_be_right():
         (True, "but this is True or False."),
         ([7], "but this is a list."),
         (len, "a function; call it first"),
+        (10**400, "The number of slices is inf"),
         (float("nan"), "The number of slices is nan; was something divided by zero?"),
     ],
 )
@@ -71,6 +72,7 @@ def test_lists_say_what_is_wrong_with_them():
     assert as_numbers((1, np.float64(2)), "scores", 2) == [1.0, 2.0] == as_numbers(np.array([1, 2]), "scores")
     assert "2 numbers were expected (scores), but these are 3." in said(as_numbers, [1, 2, 3], "scores", 2)
     assert "a list of numbers was expected" in said(as_numbers, 3, "scores", 2).lower()
+    assert "a list of numbers was expected" in said(as_numbers, np.array(5), "scores").lower()
     assert "a number among scores), but this is text" in said(as_numbers, ["a", 1], "scores", 2)
     assert "this is a dictionary" in said(as_numbers, {1: 2}, "scores", 1)
 

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import nbformat
-import pytest
 
 import repository
 from mitoseg_lib import colab
@@ -32,24 +31,14 @@ def test_a_pinned_package_in_another_version_is_replaced_and_an_older_unpinned_o
 
 
 def test_nothing_is_missing_where_the_course_is_installed():
-    assert colab.install_missing() == []
+    assert colab.install_missing() == [] == colab.install_missing("onnx")
 
 
-@pytest.fixture
-def local_clone(tmp_path):
-    """A repository that holds the work tree as it is now, for the set-up cell to clone."""
-    clone = tmp_path / "origin"
-    files = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
-    ).stdout.split(b"\0")
-    for name in filter(None, map(os.fsdecode, files)):
-        if (ROOT / name).exists():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            (clone / name).write_bytes((ROOT / name).read_bytes())
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all"]):
-        subprocess.run(["git", *command], cwd=clone, check=True)
-    return clone
+def test_the_packages_of_an_extra_are_asked_for_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(colab, "missing_requirements", lambda requirements: asked.extend(requirements) or [])
+    colab.install_missing("onnx")
+    assert {"onnx", "onnxruntime", "tifffile"} <= {line.split(">")[0] for line in asked}
 
 
 def run_setup_cell(folder, *, repository_address, colab_stub):
@@ -89,7 +78,7 @@ def test_all_badges_and_setup_cells_derive_from_the_one_address():
     for path in notebooks:
         cells = nbformat.read(path, as_version=4).cells
         assert repository.badge(url, path.name) in cells[0].source, path.name
-        assert next(c for c in cells if c.cell_type == "code").source == repository.setup_cell(url), path.name
+        assert next(c for c in cells if c.cell_type == "code").source == repository.setup_cell(url, path.name)
     readme = (ROOT / "README.md").read_text()
     for path in notebooks:
         assert repository.colab_url(url, path.name) in readme

@@ -23,6 +23,7 @@ from mitoseg_lib import __version__
 from mitoseg_lib.datasets import load_epfl, load_example
 from mitoseg_lib.files import write_whole
 from mitoseg_lib.inference import predict_stack
+from mitoseg_lib.memory import reuse_memory
 from mitoseg_lib.metrics import iou
 from mitoseg_lib.onnx_export import OnnxNetwork, export_onnx, halve_onnx, quantise_onnx
 from mitoseg_lib.prediction import Segmenter
@@ -52,6 +53,7 @@ def with_neighbours(stack: Stack, side: int = 384, step: int = 4) -> np.ndarray:
 
 def bench_onnx(row: Row) -> None:
     """Size, time and test IoU of the model's four forms; with MITOSEG_DATA on the real stacks, too."""
+    reuse_memory()
     stacks = {"phantom": {part: load_example(part) for part in ("train", "test")}}
     if os.environ.get("MITOSEG_DATA"):
         stacks["epfl"] = {part: load_epfl(f"{part}ing") for part in ("train", "test")}

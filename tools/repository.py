@@ -29,7 +29,8 @@ if find_spec("google") and find_spec("google.colab"):
     sys.path.insert(0, os.path.abspath("{folder}"))
     from mitoseg_lib.colab import install_missing
 
-    install_missing()"""
+    install_missing({extras})"""
+EXTRAS = {"09_in_the_browser.ipynb": "onnx"}  # what a chapter needs beyond the others
 
 
 def repository_url() -> str:
@@ -37,9 +38,10 @@ def repository_url() -> str:
     return yaml.safe_load(CONFIG.read_text())["repository"]["url"]
 
 
-def setup_cell(url: str) -> str:
-    """The one set-up cell of all chapters."""
-    return SETUP.format(url=url, folder=FOLDER)
+def setup_cell(url: str, chapter: str = "") -> str:
+    """The set-up cell, the same for all chapters but for the packages that one of them needs beyond the others."""
+    extras = f'"{EXTRAS[chapter]}"' if chapter in EXTRAS else ""
+    return SETUP.format(url=url, folder=FOLDER, extras=extras)
 
 
 def colab_url(url: str, chapter: str) -> str:
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> None:
             if cell.cell_type == "markdown":
                 cell.source = with_badges(cell.source, url)
             elif cell.source.startswith(SETUP.splitlines()[0]):
-                cell.source = setup_cell(url)
+                cell.source = setup_cell(url, path.name)
         nbformat.write(notebook, path)
 
 

@@ -25,7 +25,7 @@ from mitoseg_lib.stacks import Stack
 __all__ = ["check_distances", "check_gaps", "check_turned_patch"]
 
 GAPS = (0, 5, 10, 20)
-STRIPE = 16  # pixels
+STRIPE = 16  # grey levels, and as many pixels
 
 
 @checker
@@ -82,11 +82,12 @@ def check_gaps(dices: Any, labels: NDArray[np.bool_]) -> str:
 
 @checker
 def check_turned_patch(turned_patch: Any) -> str:
-    """Exercise 3: a function (stack, size, degrees, rng) -> image and mask, each (size, size), with no corner filled."""
+    """Exercise 3: a function (stack, size, degrees, rng) -> image and mask, (size, size), with no corner filled."""
     require_function(turned_patch, "turned_patch")
     for size, degrees in ((64, 17), (33, 45), (64, 45)):
         _require_no_filling(turned_patch, size, degrees)
-        _require_turned(turned_patch, size, degrees)
+        for axis in (1, 0):
+            _require_turned(turned_patch, size, degrees, axis)
     _require_random(turned_patch)
     return "each pixel comes from tissue, at the price of a larger cut and a little smoothing."
 
@@ -105,34 +106,35 @@ def _require_no_filling(function: Callable[..., Any], size: int, degrees: float)
     hint(not mask.all(), words)
 
 
-def _require_turned(function: Callable[..., Any], size: int, degrees: float) -> None:
+def _require_turned(function: Callable[..., Any], size: int, degrees: float, axis: int) -> None:
     """Hint unless image and mask are turned alike, by these degrees, with tissue of the stack in the corners.
 
-    The stack is as bright as the number of its column, so a turned patch is an even slope; where it is mirrored it isn't.
+    The stack is as bright as the number of its row (axis 0) or column (1): turned, that is an even slope, and where it
+    is mirrored it isn't.
     """
-    columns = np.tile(np.arange(28, 228, dtype=np.uint8), (4, 200, 1))
-    image, mask = _patch(function, Stack(columns, _is_striped(columns)), size, degrees)
+    grey = np.tile((np.indices((200, 200))[axis] + 28).astype(np.uint8), (4, 1, 1))
+    image, mask = _patch(function, Stack(grey, _is_striped(grey)), size, degrees)
     rows_out, columns_out = np.indices(image.shape) - (size - 1) / 2
     disc = np.hypot(rows_out, columns_out) < size / 2 - 2  # holds tissue whatever has been done to the corners
     design = np.stack([rows_out, columns_out, np.ones_like(image)], axis=-1)
     slope = np.linalg.lstsq(design[disc], image[disc], rcond=None)[0]
     off = np.abs(design @ slope - image)
     hint(off[disc].max() > 3, "The middle of the patch isn't as it is in the stack; only turn it and cut it.")
-    turned = np.degrees(np.arctan2(abs(slope[0]), slope[1]))
+    turned = np.degrees(np.arctan2(abs(slope[1 - axis]), slope[axis]))
     hint(turned < 1, f"With {degrees} degrees the patch isn't turned, or hardly. `rotate` takes degrees, not radians.")
     words = f"With {degrees} degrees the patch is turned by another angle. Is it turned once, and by `degrees`?"
     hint(abs(turned - degrees) > 2, words)
     stretched = abs(np.hypot(*slope[:2]) - 1) > 0.05
     hint(stretched, "The tissue is smaller or larger than in the stack. Cut the inner part out, don't resize.")
     words = (
-        f"Turned by {degrees} degrees, a patch of {size} holds mirrored tissue in its corners. Is the cut as long as the"
-        " diagonal of the patch, and is the inner part its middle?"
+        f"Turned by {degrees} degrees, a patch of {size} holds mirrored tissue in its corners. Is the side of the cut"
+        " as long as the patch's diagonal, and is the inner part its middle?"
     )
     hint(off.max() > 3, words)
-    column = np.rint(image)
-    sure = (column % STRIPE >= 2) & (column % STRIPE <= STRIPE - 3)  # not where a stripe ends
+    level = np.rint(image)
+    sure = (level % STRIPE >= 2) & (level % STRIPE <= STRIPE - 3)  # not where a stripe ends
     words = "Image and mask don't belong together. Take both from one place, and turn and cut both in the same way."
-    hint(not np.array_equal(mask[sure], _is_striped(column[sure])), words)
+    hint(not np.array_equal(mask[sure], _is_striped(level[sure])), words)
 
 
 def _require_random(function: Callable[..., Any]) -> None:
@@ -164,8 +166,8 @@ def _patch(
     return image.astype(float), mask > 0
 
 
-def _is_striped(columns: NDArray) -> NDArray[np.bool_]:
-    return columns // STRIPE % 2 == 1
+def _is_striped(levels: NDArray) -> NDArray[np.bool_]:
+    return levels // STRIPE % 2 == 1
 
 
 def _nearest(z: int, slices: Iterable[int]) -> int:

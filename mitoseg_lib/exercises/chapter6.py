@@ -99,7 +99,7 @@ def check_best_factor(factor: Any, too_sure: Any, factors: ArrayLike, loss_of: A
 
 @checker
 def check_unscaled(careless: Any, aucs: Any, pretrained: EncoderUNet, scaled_auc: Any) -> str:
-    """Exercise 4: copies of a network whose input is "unscaled" or "0 to 255", and the AUC of the deepest probe of each.
+    """Exercise 4: copies of a network whose input is "unscaled" or "0 to 255", and the AUC of each one's deepest probe.
 
     `scaled_auc` is that of `pretrained`, the network itself.
     """
@@ -175,7 +175,7 @@ def _judge_networks(networks: Mapping[str, Any], pretrained: EncoderUNet) -> Non
     hint(
         not moved[0], "In 'trap' BatchNorm's statistics haven't moved, so it isn't the trap. Make it as `half_frozen`."
     )
-    words = f"Both are to be trained for {STEPS} steps; these were trained for {steps[0]} and {steps[1]}."
+    words = f"Make both anew, and train each for {STEPS} steps; these have had {steps[0]} and {steps[1]}."
     hint(steps != [STEPS, STEPS], words)
 
 
@@ -183,7 +183,7 @@ def _judge_copy(copied: Any, pretrained: EncoderUNet, name: str, sd: float) -> N
     """Hint at what is wrong with a copy that is to have a mean of 0 and this standard deviation."""
     _require_network(copied, pretrained, name)
     mean, deviation = copied.mean.detach().cpu().numpy(), copied.sd.detach().cpu().numpy()
-    hint(mean.any(), f"The mean of {name!r} isn't 0. (`careless.mean.fill_(0)` sets all three.)")
+    hint(mean.any(), f"The mean of {name!r} isn't 0. (`.mean.fill_(0)` sets all three.)")
     hint(
         is_close(deviation, 1 / sd) and sd != 1, "The deviation is what the input is divided by; 255 makes it smaller."
     )

@@ -90,14 +90,19 @@ def as_number(answer: Any, what: str) -> float:
     hint(answer is None or answer is ..., f"Hand in {what}.")
     is_number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
     hint(not is_number, f"A number was expected ({what}), but this is {_kind(answer)}.")
-    hint(not math.isfinite(answer), f"{what[:1].upper()}{what[1:]} is {answer}; was something divided by zero?")
-    return float(answer)
+    try:
+        number = float(answer)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    hint(not math.isfinite(number), f"{what[:1].upper()}{what[1:]} is {number}; was something divided by zero?")
+    return number
 
 
 def as_numbers(answer: Any, what: str, length: int | None = None) -> list[float]:
     """Return an answer as a list of numbers, as many as are expected, or hint."""
     hint(answer is None or answer is ..., f"Hand in {what}.")
-    is_list = isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping)
+    has_length = isinstance(answer, Iterable) and getattr(answer, "shape", None) != ()
+    is_list = has_length and not isinstance(answer, str | bytes | Mapping)
     hint(not is_list, f"A list of numbers was expected ({what}), but this is {_kind(answer)}.")
     values = [as_number(value, f"a number among {what}") for value in answer]
     n = len(values)
