@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 PRESET ?= small
 UV := .venv/bin/uv
 
-.PHONY: book test test-colab bench execute lint lock data repository clean
+.PHONY: book test test-colab check-links bench execute lint lock data repository clean
 .DEFAULT_GOAL := book
 
 .venv/.installed: requirements.txt pyproject.toml
@@ -22,6 +22,9 @@ test: lint book  ## everything: lint, the book, unit tests, chapters (outputs co
 
 test-colab: .venv/.installed  ## run all chapters as in Colab, in a fresh environment
 	@$(PYTHON) -m pytest tests/test_colab_emulation.py --all-in-colab
+
+check-links: .venv/.installed  ## ask every address of others that the course names; needs a network
+	@$(PYTHON) tools/links.py --check
 
 bench: .venv/.installed  ## speed, as ratios within one run
 	@$(PYTHON) tools/bench.py

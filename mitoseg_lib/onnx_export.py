@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from mitoseg_lib.errors import FilePath
 from mitoseg_lib.files import write_whole
 from mitoseg_lib.models import EncoderUNet
 from mitoseg_lib.weights import WeightsError, load_weights
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["INPUT", "OPSET", "OUTPUT", "OnnxNetwork", "export_onnx", "halve_onnx", "quantise_onnx"]
 
@@ -63,9 +67,10 @@ def export_onnx(target: FilePath, weights: FilePath | None = None) -> None:
             f"{Path(weights or '').name} holds a {type(model).__name__}, but a U-Net with an encoder was expected; use"
             " another file."
         )
-    content = _exported(model)
-    onnx.checker.check_model(content, full_check=True)
-    write_whole(Path(target), content)
+    exported = onnx.load_from_string(_exported(model))
+    _forget_origins(exported)
+    onnx.checker.check_model(exported, full_check=True)
+    write_whole(Path(target), exported.SerializeToString())
 
 
 def halve_onnx(source: FilePath, target: FilePath) -> None:
@@ -197,6 +202,14 @@ def _exported(model: EncoderUNet) -> bytes:
         stream = io.BytesIO()
         program.save(stream)
     return stream.getvalue()
+
+
+def _forget_origins(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes of the Python code that each operation comes from: the paths of this machine."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _with_fixed_padding(model: EncoderUNet) -> EncoderUNet:

@@ -212,7 +212,7 @@ def test_search_finds_a_word_offline(open_page):
 def test_vendored_files_are_those_that_their_readme_names():
     table = re.findall(r"^\| `([^`]+)` .*`([0-9a-f]{64})` \|$", (VENDOR / "README.md").read_text(), flags=re.M)
     assert {name for name, _ in table} == {
-        p.relative_to(VENDOR).as_posix() for p in VENDOR.rglob("*.*") if p.suffix in (".js", ".woff2")
+        p.relative_to(VENDOR).as_posix() for p in VENDOR.rglob("*.*") if p.suffix in (".js", ".mjs", ".wasm", ".woff2")
     }
     for name, expected in table:
         assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == expected, name

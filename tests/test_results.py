@@ -1,4 +1,4 @@
-"""The numbers that the README shows are those of the recorded runs."""
+"""The numbers that the README and the book's first page show are those of the recorded runs."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,10 @@ from mitoseg_lib.datasets import describe_example
 from mitoseg_lib.measurements import MEASUREMENTS, measurement_path, read_measurement
 from mitoseg_lib.recipes import RECIPES
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-ROWS = re.findall(r"^\| .*\(`([\w.-]+)`.*\) \| (.+) \| (.+) \| (.+) \|$", README, flags=re.M)
+ROOT = Path(__file__).parents[1]
+README, INTRO = ((ROOT / name).read_text() for name in ("README.md", "intro.md"))
+ROW = re.compile(r"^\| .*\(`([\w.-]+)`.*\) \| (.+) \| (.+) \| (.+) \|$", flags=re.M)
+ROWS = ROW.findall(README)
 
 
 def test_the_readme_has_rows_of_recorded_runs():
@@ -29,6 +31,15 @@ def test_a_row_of_the_readme_is_the_mean_of_its_recorded_runs(name, train, valid
         elif found:
             expected = f"{np.mean([getattr(run, part)['iou'] for run in found]):.3f}"
         assert shown == expected
+
+
+def test_the_first_page_has_the_rows_of_the_readme_that_were_run():
+    assert ROW.findall(INTRO) == [row for row in ROWS if "not run yet" not in row]
+
+
+def test_the_first_picture_is_of_the_run_that_the_page_names():
+    run = runs.read_run(runs.RESULTS / "phantom" / "lite0-imagenet-finetuned-seed0.json")
+    assert f"IoU {run.test['iou']:.3f} on the whole stack" in INTRO and run.wall_seconds < 300
 
 
 def test_every_recorded_run_has_a_recipe_and_says_what_it_was_measured_on():

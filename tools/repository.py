@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "_config.yml"
 BRANCH = "main"
 FOLDER = "mitochondria-3d"
+PAGES = ("README.md", "intro.md", "chapters/teaching.md", "CITATION.cff")  # that name the address, beside the chapters
 
 SETUP = """# In Colab this fetches the course and what it lacks; anywhere else it does nothing.
 import os
@@ -61,11 +62,12 @@ def with_badges(text: str, url: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Rewrite _config.yml, README.md, intro.md and all chapters."""
+    """Rewrite _config.yml, the pages that name the address, and all chapters."""
     old = repository_url()
     url = (arguments[0] if arguments and arguments[0] else old).rstrip("/").removesuffix(".git")
     CONFIG.write_text(CONFIG.read_text().replace(old, url))
-    for page in (ROOT / "README.md", ROOT / "intro.md"):
+    for name in PAGES:
+        page = ROOT / name
         page.write_text(with_badges(page.read_text().replace(old, url), url))
     for path in sorted((ROOT / "chapters").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
