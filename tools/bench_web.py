@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, sync_playwright
 from torch import nn
 
 import book
+import demo
 import screenshots
 from mitoseg_lib import __version__
 from mitoseg_lib.datasets import load_epfl, load_example
@@ -52,33 +53,54 @@ def with_neighbours(stack: Stack, side: int = 384, step: int = 4) -> np.ndarray:
 
 
 def bench_onnx(row: Row) -> None:
-    """Size, time and test IoU of the model's four forms; with MITOSEG_DATA on the real stacks, too."""
+    """Size, time and test IoU of the shipped model's forms and of the page's model; with MITOSEG_DATA on EPFL's."""
     reuse_memory()
     stacks = {"phantom": {part: load_example(part) for part in ("train", "test")}}
     if os.environ.get("MITOSEG_DATA"):
         stacks["epfl"] = {part: load_epfl(f"{part}ing") for part in ("train", "test")}
     with tempfile.TemporaryDirectory() as name, recording() as record:
-        folder = Path(name)
-        export_onnx(folder / "32 bits.onnx")
-        halve_onnx(folder / "32 bits.onnx", folder / "16 bits.onnx")
-        for data, parts in stacks.items():
-            path = folder / f"8 bits, {data}.onnx"
-            quantise_onnx(folder / "32 bits.onnx", path, with_neighbours(parts["train"]))
-        segmenter = Segmenter.load(device="cpu", precision="fp32")
-        models = {"PyTorch": segmenter.model}
-        models |= {path.stem: OnnxNetwork(path) for path in sorted(folder.glob("*.onnx"), reverse=True)}
-        found = []
-        for form, model in models.items():
-            path = folder / f"{form}.onnx"
-            one = {"form": form, "bytes": path.stat().st_size if path.is_file() else None}
-            one["seconds"] = round(seconds_of(model), 4)
+        record["onnx_side"], record["forms"] = SIDE, []
+        for form, path, model in forms(Path(name), stacks):
+            one = {"form": form, "bytes": path and path.stat().st_size, "seconds": round(seconds_of(model), 4)}
+            segmenter = dataclasses.replace(Segmenter.load(device="cpu", precision="fp32"), model=model)
             for data, parts in stacks.items():
-                used = dataclasses.replace(segmenter, model=model)
-                one[data] = {way: round(score(used, parts["test"]), 4) for way, score in WAYS.items()}
+                one[data] = round(iou_as_shipped(segmenter, parts["test"]), 4)
             row(f"{form}: {SIDE} x {SIDE}, one thread", f"{one['seconds']:.3f} s", "")
-            row("    IoU", ", ".join(f"{data} {one[data]}" for data in stacks), "")
-            found.append(one)
-        record["forms"], record["onnx_side"] = found, SIDE
+            row("    test IoU", ", ".join(f"{data} {one[data]}" for data in stacks), "")
+            record["forms"].append(one)
+        record["single_slices"] = {
+            data: {name: round(score, 4) for name, score in of_single_slices(parts["test"], Path(name)).items()}
+            for data, parts in stacks.items()
+        }
+        row("test IoU of single slices", str(record["single_slices"]), "")
+
+
+def forms(folder: Path, stacks: dict[str, dict[str, Stack]]) -> Iterator[tuple[str, Path | None, nn.Module]]:
+    """The shipped model in PyTorch, and as ONNX with 32, 16 and 8 bits, calibrated with each of the stacks."""
+    yield "PyTorch", None, Segmenter.load(device="cpu").model
+    whole, half = folder / "whole.onnx", folder / "half.onnx"
+    export_onnx(whole)
+    yield "32 bits", whole, OnnxNetwork(whole)
+    halve_onnx(whole, half)
+    yield "16 bits", half, OnnxNetwork(half)
+    for data, parts in stacks.items():
+        eight = folder / f"{data}.onnx"
+        quantise_onnx(whole, eight, with_neighbours(parts["train"]))
+        yield f"8 bits, {data}", eight, OnnxNetwork(eight)
+
+
+def of_single_slices(test: Stack, folder: Path) -> dict[str, float]:
+    """Test IoU without neighbours and median, of the shipped model and of the page's, in PyTorch and as in the page."""
+    shipped, own = (Segmenter.load(path, device="cpu") for path in (None, demo.WEIGHTS))
+    export_onnx(folder / "page.onnx", demo.WEIGHTS)
+    halve_onnx(folder / "page.onnx", folder / "page16.onnx")
+    alone = np.repeat(test.image[:, np.newaxis], 3, axis=1)  # each slice stands in for its neighbours
+    answers = {
+        "shipped": (predict_stack(shipped.model, alone, precision="fp32"), shipped.threshold),
+        "page": (predict_stack(own.model, test.image, precision="fp32"), own.threshold),
+        "page, 16 bits": (predict_stack(OnnxNetwork(folder / "page16.onnx"), test.image), own.threshold),
+    }
+    return {name: iou(found >= threshold, test.labels) for name, (found, threshold) in answers.items()}
 
 
 def seconds_of(model: nn.Module) -> float:
@@ -99,16 +121,6 @@ def iou_as_shipped(segmenter: Segmenter, test: Stack) -> float:
     """IoU of the whole stack as `mitoseg predict` segments it."""
     found = segmenter.probabilities(test.image, segmenter.voxel_size_nm)
     return iou(found >= segmenter.threshold, test.labels)
-
-
-def iou_of_single_slices(segmenter: Segmenter, test: Stack) -> float:
-    """IoU when each slice has to stand in for its neighbours, and no median follows, as on the page."""
-    alone = np.repeat(test.image[:, np.newaxis], 3, axis=1)
-    found = predict_stack(segmenter.model, alone, precision="fp32")
-    return iou(found >= segmenter.threshold, test.labels)
-
-
-WAYS = {"stack": iou_as_shipped, "single slices": iou_of_single_slices}
 
 
 def bench_demo(row: Row) -> None:

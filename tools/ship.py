@@ -1,7 +1,8 @@
 """Make a recorded run's model the one that comes with the library: ``python tools/ship.py NAME SEED``.
 
 Its weights go to ``data/weights/`` with their sha256 and the rule that its folds chose, and its figures into the model
-card there, so that nothing in the card is written by hand.
+card there, so that nothing in the card is written by hand. With ``--single-slices`` it becomes the model of the book's
+page instead, which is given one slice at a time: its rule is the best one without a median.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from mitoseg_lib.files import write_whole
 from mitoseg_lib.recipes import N_FOLDS, recipe_named
 from mitoseg_lib.recording import weights_path
 from mitoseg_lib.runs import RESULTS, RecordedRun, read_run, run_path
-from mitoseg_lib.weights import SHIPPED, MaskRule, WeightsMetadata, load_weights, save_weights
+from mitoseg_lib.weights import SHIPPED, SINGLE_SLICES, MaskRule, WeightsMetadata, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "data" / "weights"
@@ -36,21 +37,26 @@ def chosen(run: RecordedRun, folder: Path) -> Choice:
     return choice
 
 
-def ship_weights(run: RecordedRun, folder: Path, target: Path) -> WeightsMetadata:
-    """Write the run's weights, with its rule, under the shipped model's name; SystemExit if the file is too large."""
-    choice = chosen(run, folder)
+def chosen_without_median(run: RecordedRun, folder: Path) -> Choice:
+    """How the run's probabilities of single slices become a mask, as its folds say."""
+    counts = pooled(read_choices(f"{run.name}-fold-{k}", 0, folder) for k in range(1, N_FOLDS + 1))
+    return best_choice({one: found for one, found in counts.items() if one.median == 1 and not one.turned})
+
+
+def ship_weights(run: RecordedRun, choice: Choice, folder: Path, path: Path) -> WeightsMetadata:
+    """Write the run's weights with a rule; SystemExit if the file is too large."""
     model, metadata = load_weights(weights_path(run.name, run.seed, folder))
     # Saved again, since weights that were kept before there were medians don't say theirs; 16 bits stay the same.
     written = save_weights(
         model,
-        target / SHIPPED,
+        path,
         rule=MaskRule(choice.threshold, choice.median),
         encoder=metadata.encoder,
         voxel_size_nm=metadata.voxel_size_nm,
         grey_range=metadata.grey_range,
     )
-    if (target / SHIPPED).stat().st_size > LARGEST:
-        raise SystemExit(f"{SHIPPED} is larger than {LARGEST} bytes; ship a smaller model.")
+    if path.stat().st_size > LARGEST:
+        raise SystemExit(f"{path.name} is larger than {LARGEST} bytes; ship a smaller model.")
     return written
 
 
@@ -90,9 +96,13 @@ def main() -> None:
     parser.add_argument("name", help="of a recorded run")
     parser.add_argument("seed", type=int)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of recorded runs and their weights")
+    parser.add_argument("--single-slices", action="store_true", help="make it the model of the book's page")
     arguments = parser.parse_args()
-    run = read_run(run_path(arguments.name, arguments.seed, arguments.results))
-    metadata = ship_weights(run, arguments.results, FOLDER)
+    run, folder = read_run(run_path(arguments.name, arguments.seed, arguments.results)), arguments.results
+    if arguments.single_slices:
+        ship_weights(run, chosen_without_median(run, folder), folder, FOLDER / SINGLE_SLICES)
+        return
+    metadata = ship_weights(run, chosen(run, folder), folder, FOLDER / SHIPPED)
     card = FOLDER / "README.md"
     write_whole(card, fill(card.read_text(), figures(run, metadata)).encode())
     print(f"{FOLDER / SHIPPED}: {(FOLDER / SHIPPED).stat().st_size:,} bytes")

@@ -139,7 +139,7 @@ def check_formula(numbers: Any) -> str:
     hint(not _is_about(blurred, n * less), words)
     each = [_independent(side, 0.25) for side in BLOCK]
     if is_close(formula, np.prod(each), within=0.02):
-        return "two ways to count that know nothing of each other agree about how much a block is worth."
+        return "two counts made in different ways come out alike but not equal; such a count tells the size of a thing."
     hint(
         any(is_close(formula, one) for one in each), "The formula's count is of one axis; multiply those of all three."
     )

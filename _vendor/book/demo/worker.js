@@ -76,13 +76,10 @@ function reflected(side) {
 async function segment({ grey, height, width }) {
   const started = performance.now();
   const [table, rows, columns] = [transform(grey), reflected(height), reflected(width)];
-  const plane = rows.length * columns.length;
-  const slices = new Float32Array(3 * plane); // the one slice stands in for its neighbours, which aren't known
+  const slice = new Float32Array(rows.length * columns.length);
   let place = 0;
-  for (const y of rows) for (const x of columns) slices[place++] = table[grey[y * width + x]];
-  slices.copyWithin(plane, 0, plane);
-  slices.copyWithin(2 * plane, 0, plane);
-  const input = new ort.Tensor("float32", slices, [1, 3, rows.length, columns.length]);
+  for (const y of rows) for (const x of columns) slice[place++] = table[grey[y * width + x]];
+  const input = new ort.Tensor("float32", slice, [1, 1, rows.length, columns.length]);
   const { logits } = await session.run({ slices: input });
   const probability = new Float32Array(height * width);
   for (let y = 0, i = 0; y < height; y++) {
