@@ -13,7 +13,21 @@ from mitoseg_lib.metrics import iou, scores
 from mitoseg_lib.models import ConvBlock, UNet
 from mitoseg_lib.stacks import Stack
 
-JUNK = [None, ..., "text", 3, [], [1, 2], {"a": 1}, len, float("nan"), np.zeros(3), torch.zeros(2, 2), object()]
+JUNK = [
+    None,
+    ...,
+    "text",
+    3,
+    [],
+    [1, 2],
+    {"a": 1},
+    len,
+    float("nan"),
+    np.zeros(3),
+    torch.zeros(2, 2),
+    object(),
+    10**400,
+]
 BLOCK = ConvBlock(1, 8)
 
 
@@ -60,6 +74,8 @@ def test_group_norm():
     assert "The last row is of step 10" in check_group_norm(rows[:1], grouped).words
     assert "never trained" in check_group_norm(rows, UNet(width=8, depth=1, normalisation="group")).words
     assert "the network itself" in check_group_norm(rows, "grouped").words
+    odd = {"iou": 0.5, 3: 1, (): 2}
+    assert check_group_norm([{"step": 20, "train()": odd, "eval()": odd}], grouped).right
     assert "'eval()' is missing" in check_group_norm([{"step": 20, "train()": {}}], grouped).words
     for junk in JUNK:
         assert not check_group_norm(junk, grouped).right and not check_group_norm([junk], grouped).right
@@ -104,6 +120,11 @@ def twice(*given):
     loop()(*given)
 
 
+def replaces_a_layer(model, loss_function, optimizer, data):
+    model[3] = nn.Sequential(nn.Conv2d(4, 2, 1), nn.Conv2d(2, 1, 1))
+    loop()(model.double(), loss_function, optimizer, [(images.double(), masks.double()) for images, masks in data])
+
+
 def never_asks(model, loss_function, optimizer, data):
     model.train()
 
@@ -134,6 +155,7 @@ def mode_of_the_first_batch_only(model, loss_function, optimizer, data):
         (twice, "8 times"),
         (never_asks, "never asked"),
         (own_optimizer, "with the optimizer"),
+        (replaces_a_layer, "aren't those of a correct loop"),
         (swapped, "the masks came to the loss"),
         (lambda: None, "raised TypeError"),
         (None, "Hand in the function"),

@@ -18,7 +18,21 @@ from mitoseg_lib.metrics import scores
 from mitoseg_lib.models import UNet
 from mitoseg_lib.stacks import Stack
 
-JUNK = [None, ..., "text", -3, [], [1, 2], {"a": 1}, len, float("nan"), np.zeros(3), torch.zeros(2, 2), object()]
+JUNK = [
+    None,
+    ...,
+    "text",
+    -3,
+    [],
+    [1, 2],
+    {"a": 1},
+    len,
+    float("nan"),
+    np.zeros(3),
+    torch.zeros(2, 2),
+    object(),
+    10**400,
+]
 
 
 @pytest.mark.parametrize("number", [3072, 3072.0, np.int64(3072), torch.tensor(3072)])

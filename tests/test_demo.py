@@ -1,6 +1,8 @@
 """The page that runs the model in the reader's browser, looked at by a browser without a network."""
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mitoseg_lib.grey import grey_range, to_grey_range
 from mitoseg_lib.metrics import iou
 from mitoseg_lib.prediction import Segmenter
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = "chapters/try_it.html"
 STATUS = "document.querySelector('[data-part=status]').textContent"
 
@@ -75,6 +78,13 @@ def ready(browser, address):
     yield page
     assert page.errors == []
     page.close()
+
+
+def test_the_page_says_the_iou_that_was_measured():
+    measured = json.loads((ROOT / "results" / "speed" / "web.json").read_text())
+    text = (ROOT / "chapters" / "try_it.md").read_text()
+    assert f"its IoU is {measured['single_slices']['epfl']['page, 16 bits']:.3f}," in text
+    assert f"reaches {measured['forms'][0]['epfl']:.3f} " in text
 
 
 def test_the_model_is_small_enough(book_html):

@@ -8,7 +8,9 @@ import functools
 import http.server
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from playwright.sync_api import Page, sync_playwright
 
@@ -29,6 +31,11 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
+
+    def copyfile(self, source: BinaryIO, outputfile: BinaryIO) -> None:
+        """Send a file; a page that is closed meanwhile is no error."""
+        with suppress(ConnectionError):
+            super().copyfile(source, outputfile)
 
 
 def serve(folder: Path) -> http.server.ThreadingHTTPServer:

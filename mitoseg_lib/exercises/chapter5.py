@@ -228,7 +228,7 @@ def _holds_nan(numbers: Any) -> bool:
     """Tell whether an answer is a list of numbers with a nan in it."""
     try:
         return bool(np.isnan(np.asarray(numbers, float)).any()) and np.ndim(numbers) > 0
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
         return False
 
 

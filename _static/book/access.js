@@ -1,3 +1,18 @@
+// What the theme leaves wrong for screen readers. A button's label has to hold the words that can be read on it ("Search"
+// with its keys), and a list has to hold items.
+(function () {
+  document.addEventListener("DOMContentLoaded", function () {
+    for (const button of document.querySelectorAll("button[aria-label]")) {
+      const words = button.textContent.trim().replace(/\s+/g, " ");
+      const label = button.getAttribute("aria-label");
+      if (words && !label.toLowerCase().includes(words.toLowerCase())) {
+        button.setAttribute("aria-label", words.toLowerCase().includes(label.toLowerCase()) ? words : `${label}: ${words}`);
+      }
+    }
+    document.querySelectorAll(".citation-list[role=list] > *").forEach((item) => item.setAttribute("role", "listitem"));
+  });
+})();
+
 // The widget library draws a slider's handle without a name for screen readers: give it the label that stands before it.
 (function () {
   function name(handle) {
