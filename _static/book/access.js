@@ -1,15 +1,17 @@
-// What the theme leaves wrong for screen readers. A button's label has to hold the words that can be read on it ("Search"
-// with its keys), and a list has to hold items.
+// What the theme leaves wrong for screen readers. The words that can be read on a button have to be in its label: "Search"
+// has its keys beside it, and the three icons of the colour mode bring words of their own. And a list has to hold items.
 (function () {
-  document.addEventListener("DOMContentLoaded", function () {
-    for (const button of document.querySelectorAll("button[aria-label]")) {
-      const words = button.textContent.trim().replace(/\s+/g, " ");
-      const label = button.getAttribute("aria-label");
-      if (words && !label.toLowerCase().includes(words.toLowerCase())) {
-        button.setAttribute("aria-label", words.toLowerCase().includes(label.toLowerCase()) ? words : `${label}: ${words}`);
-      }
+  function mend() {
+    for (const title of document.querySelectorAll(".theme-switch-button svg title")) {
+      title.parentElement.setAttribute("aria-hidden", "true"); // the button says what it does
+      title.remove();
     }
+    for (const button of document.querySelectorAll(".search-button__button")) button.removeAttribute("aria-label");
     document.querySelectorAll(".citation-list[role=list] > *").forEach((item) => item.setAttribute("role", "listitem"));
+  }
+  document.addEventListener("DOMContentLoaded", function () {
+    mend();
+    new MutationObserver(mend).observe(document.body, { childList: true, subtree: true });
   });
 })();
 
