@@ -48,7 +48,6 @@ def colab(tmp_path_factory, network_environment, local_clone):
     run(*install, "--constraint", ROOT / "requirements.txt", env=network_environment)
     stub = folder / "stub" / "google" / "colab"
     stub.mkdir(parents=True)
-    (stub.parent / "__init__.py").touch()
     (stub / "__init__.py").touch()
     environment = network_environment | {
         "MITOSEG_REPOSITORY": str(local_clone),
