@@ -82,6 +82,11 @@ def halve_onnx(source: FilePath, target: FilePath) -> None:
         A file that `export_onnx` wrote.
     target
         Path of the new file; an existing one is replaced.
+
+    Raises
+    ------
+    WeightsError
+        If a weight is too large for 16 bits.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -89,7 +94,10 @@ def halve_onnx(source: FilePath, target: FilePath) -> None:
     model = onnx.load(os.fspath(source))
     large = [one for one in model.graph.initializer if math.prod(one.dims) >= SMALLEST_HALVED]
     for tensor in [one for one in large if one.data_type == TensorProto.FLOAT]:
-        narrow = numpy_helper.to_array(tensor).astype(np.float16)
+        with np.errstate(over="ignore"):  # asked for below
+            narrow = numpy_helper.to_array(tensor).astype(np.float16)
+        if not np.isfinite(narrow).all():
+            raise WeightsError(f"{tensor.name} holds numbers that 16 bits can't; keep the file with 32 bits.")
         widen = helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=TensorProto.FLOAT)
         model.graph.node.insert(0, widen)
         model.graph.initializer.remove(tensor)
@@ -137,7 +145,7 @@ class OnnxNetwork(nn.Module):
     Parameters
     ----------
     path
-        Of a file that `export_onnx` or `quantise_onnx` wrote.
+        Of a file that `export_onnx`, `halve_onnx` or `quantise_onnx` wrote.
     threads
         Of the processor.
     """

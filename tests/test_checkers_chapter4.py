@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import special
+from small_answers import JUNK
 from torch import nn
 
 from mitoseg_lib.datasets import load_example
@@ -13,21 +14,6 @@ from mitoseg_lib.metrics import iou, scores
 from mitoseg_lib.models import ConvBlock, UNet
 from mitoseg_lib.stacks import Stack
 
-JUNK = [
-    None,
-    ...,
-    "text",
-    3,
-    [],
-    [1, 2],
-    {"a": 1},
-    len,
-    float("nan"),
-    np.zeros(3),
-    torch.zeros(2, 2),
-    object(),
-    10**400,
-]
 BLOCK = ConvBlock(1, 8)
 
 

@@ -73,6 +73,18 @@ def test_half_the_bytes_give_nearly_the_same_mask(model, exported, halved):
     assert masks[0].mean() > 0.02 and iou(*masks) > 0.995
 
 
+def test_a_weight_too_large_for_16_bits_is_refused(exported, tmp_path):
+    loaded = onnx.load(exported)
+    tensor = next(one for one in loaded.graph.initializer if np.prod(one.dims) > 1000)
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[0] = 1e6
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(loaded, tmp_path / "large.onnx")
+    with pytest.raises(WeightsError, match="holds numbers that 16 bits can't"):
+        halve_onnx(tmp_path / "large.onnx", tmp_path / "half.onnx")
+    assert not (tmp_path / "half.onnx").exists()
+
+
 def test_eight_bits_are_a_quarter_of_the_bytes_and_find_much_the_same(model, exported, folder):
     image = load_example("test").image[20:40, :256, :256]
     examples = np.stack([image[z - 1 : z + 2] for z in range(1, 19, 4)])

@@ -1,7 +1,6 @@
 """Speed, memory and sturdiness of `mitoseg volume`: parts of ``make bench``, recorded in results/speed/volumes.json."""
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -10,8 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +16,10 @@ import psutil
 import tifffile
 import torch
 
-from mitoseg_lib import __version__
 from mitoseg_lib.datasets import load_example
-from mitoseg_lib.files import write_whole
 from mitoseg_lib.memory import reuse_memory
 from mitoseg_lib.prediction import Segmenter, choose_conversion
 from mitoseg_lib.readers import open_reader
-from mitoseg_lib.recording import device_name
 from mitoseg_lib.volumes import (
     MASK,
     VolumeOptions,
@@ -37,8 +31,8 @@ from mitoseg_lib.volumes import (
 )  # fmt: skip
 from mitoseg_lib.volumes.engine import run_steps
 from mitoseg_lib.volumes.job import slabs_of
+from records import recording
 
-RECORD = Path(__file__).resolve().parents[1] / "results" / "speed" / "volumes.json"
 SHAPE = (1065, 1536, 2048)  # of EPFL's whole volume
 SIZE = (5.0, 5.0, 5.0)
 KILLS = 20
@@ -147,22 +141,9 @@ def repeats(path: Path) -> bool:
     return all(np.array_equal(mask[z], mask[z + period]) for z in range(8, mask.shape[0] - period - 8))
 
 
-@contextmanager
-def recording() -> Iterator[dict]:
-    """Add what is measured to the record."""
-    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-    yield record
-    record |= {
-        "date": date.today().isoformat(), "device": device_name(), "cores": os.cpu_count(),
-        "library_version": __version__,
-    }  # fmt: skip
-    RECORD.parent.mkdir(exist_ok=True)
-    write_whole(RECORD, (json.dumps(record, indent=1) + "\n").encode())
-
-
 def bench_sizes(row: Row, depths: tuple[int, ...] = (133, 266, 533, 1065)) -> None:
     """Minutes and memory of whole volumes, 2 workers; the start of processes, which is always the same, apart."""
-    with tempfile.TemporaryDirectory() as name, recording() as record:
+    with tempfile.TemporaryDirectory() as name, recording("volumes") as record:
         folder, found = Path(name), []
         tiny = write_volume(folder / "tiny.tif", 8, (8, 64, 64))
         start, _ = measured(tiny, folder / "tiny.zarr", "--workers", 2, "--device", "cpu")
@@ -183,7 +164,7 @@ def bench_sizes(row: Row, depths: tuple[int, ...] = (133, 266, 533, 1065)) -> No
 
 def bench_workers(row: Row, shape: tuple[int, ...] = (533, 768, 1024)) -> None:
     """Two workers against one."""
-    with tempfile.TemporaryDirectory() as name, recording() as record:
+    with tempfile.TemporaryDirectory() as name, recording("volumes") as record:
         folder = Path(name)
         source = write_volume(folder / "volume.tif", shape[0], shape)
         took = {n: measured(source, folder / f"{n}.zarr", "--workers", n, "--device", "cpu")[0] for n in (1, 2)}
@@ -197,7 +178,7 @@ def bench_workers(row: Row, shape: tuple[int, ...] = (533, 768, 1024)) -> None:
 
 def bench_overhead(row: Row, shape: tuple[int, ...] = (1065, 768, 1024)) -> None:
     """One worker against a bare loop in one process."""
-    with tempfile.TemporaryDirectory() as name, recording() as record:
+    with tempfile.TemporaryDirectory() as name, recording("volumes") as record:
         folder = Path(name)
         source = write_volume(folder / "volume.tif", shape[0], shape)
         loop_took, loop_sha = in_a_process(f"loop({os.fspath(source)!r})")
@@ -216,7 +197,7 @@ def bench_overhead(row: Row, shape: tuple[int, ...] = (1065, 768, 1024)) -> None
 
 def bench_kills(row: Row, kills: int = KILLS) -> None:
     """Kill a whole run again and again at random moments, and compare what it ends with."""
-    with tempfile.TemporaryDirectory() as name, recording() as record:
+    with tempfile.TemporaryDirectory() as name, recording("volumes") as record:
         folder, moments, equal, killed, runs = Path(name), random.Random(0), 0, 0, 0
         source = write_volume(folder / "volume.tif", 72, (72, 640, 768))
         arguments = [source, folder / "whole.zarr", "--workers", 2, "--device", "cpu", "--probabilities"]

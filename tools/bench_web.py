@@ -2,14 +2,11 @@
 
 import dataclasses
 import io
-import json
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +18,20 @@ from torch import nn
 import book
 import demo
 import screenshots
-from mitoseg_lib import __version__
 from mitoseg_lib.datasets import load_epfl, load_example
-from mitoseg_lib.files import write_whole
 from mitoseg_lib.inference import predict_stack
 from mitoseg_lib.memory import reuse_memory
 from mitoseg_lib.metrics import iou
 from mitoseg_lib.onnx_export import OnnxNetwork, export_onnx, halve_onnx, quantise_onnx
 from mitoseg_lib.prediction import Segmenter
-from mitoseg_lib.recording import device_name
 from mitoseg_lib.stacks import Stack
+from records import recording
 
-RECORD = Path(__file__).resolve().parents[1] / "results" / "speed" / "web.json"
 PAGE = "chapters/try_it.html"
 SIDE = 512
 FIGURE = re.compile(r'class="cell_output[^<]*(<(?!img|/main)[^<]*)*<img')
 
 Row = Callable[[str, str, str], None]
-
-
-@contextmanager
-def recording() -> Iterator[dict]:
-    """Add what is measured to the record."""
-    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-    yield record
-    record |= {"date": date.today().isoformat(), "device": device_name(), "library_version": __version__}
-    write_whole(RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def with_neighbours(stack: Stack, side: int = 384, step: int = 4) -> np.ndarray:
@@ -60,7 +45,7 @@ def bench_onnx(row: Row) -> None:
     stacks = {"phantom": {part: load_example(part) for part in ("train", "test")}}
     if os.environ.get("MITOSEG_DATA"):
         stacks["epfl"] = {part: load_epfl(f"{part}ing") for part in ("train", "test")}
-    with tempfile.TemporaryDirectory() as name, recording() as record:
+    with tempfile.TemporaryDirectory() as name, recording("web") as record:
         record["onnx_side"], record["forms"] = SIDE, []
         for form, path, model in forms(Path(name), stacks):
             one = {"form": form, "bytes": path and path.stat().st_size, "seconds": round(seconds_of(model), 4)}
@@ -129,7 +114,7 @@ def bench_demo(row: Row) -> None:
     """Seconds in headless Chromium: the first picture of a page, loading the model, and one slice of 512 x 512."""
     server = screenshots.serve(book.HTML)
     address = f"http://127.0.0.1:{server.server_port}/"
-    with sync_playwright() as play, recording() as record:
+    with sync_playwright() as play, recording("web") as record:
         browser = play.chromium.launch(executable_path=screenshots.find_chromium(), args=screenshots.CHROMIUM_OPTIONS)
         first = {name: first_picture(browser, address + name) for name in pages_with_pictures()}
         slowest = max(first, key=first.get)
