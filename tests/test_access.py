@@ -62,7 +62,7 @@ def test_pages_fit_into_a_narrow_window(names, open_page):
 
 
 def test_on_paper_there_is_the_text_and_nothing_to_click(names, open_page):
-    for name in [name for name in names if name.startswith("chapters/0")]:
+    for name in [name for name in names if re.match(r"chapters/\d", name)]:
         page = open_page(name, "dark")
         page.emulate_media(media="print")
         assert page.evaluate(CLICKABLE) == [], name

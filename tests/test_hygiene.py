@@ -90,7 +90,7 @@ MODULE_ORDER = [
     "measurements",
     "exercises.feedback",
     "exercises",
-    *[f"exercises.chapter{number}" for number in range(1, 10)],
+    *[f"exercises.chapter{number}" for number in range(1, 11)],
     "cli",
 ]
 IMAGE = ("image/png", "image/jpeg")

@@ -15,6 +15,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import nn
 
+import bench_chapters
 import bench_volumes
 import bench_web
 from mitoseg_lib import phantom
@@ -242,6 +243,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "volume-sizes": lambda: bench_volumes.bench_sizes(row),
     "onnx": lambda: bench_web.bench_onnx(row),
     "demo": lambda: bench_web.bench_demo(row),
+    "chapters": lambda: bench_chapters.bench_chapters(row),
     "phantoms": in_a_folder(bench_phantoms),
     "book": bench_book,
 }

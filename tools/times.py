@@ -1,0 +1,59 @@
+"""Write the minutes and the memory of each chapter into it: ``python tools/times.py``.
+
+They are what ``make bench`` (part `chapters`) has recorded in results/speed/chapters.json.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+
+import execute
+
+RECORD = Path(__file__).resolve().parents[1] / "results" / "speed" / "chapters.json"
+UNKNOWN = "not measured yet"
+TABLE = re.compile(r"\| preset \| machine in Colab \|.*?\n(?=\n|$)", re.S)
+
+
+def table(chapter: Path, record: dict) -> str:
+    """The table of a chapter's presets."""
+    where = f"{record['cores']} CPU cores, no graphics card"
+    rows = [("small", "CPU", "small"), ("full", "CPU", "full")]
+    if "preset.retrain" in code(chapter):
+        rows.append(("full, `retrain=True`", "GPU (T4)", "retrain"))
+    lines = [f"| preset | machine in Colab | time there | time on {where} | memory |", "|---|---|---|---|---|"]
+    for name, machine, key in rows:
+        seconds, memory = figures(record.get(key, {}).get(chapter.stem))
+        lines.append(f"| {name} | {machine} | {UNKNOWN} | {seconds} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def code(chapter: Path) -> str:
+    """All code of a chapter."""
+    return "\n".join(cell.source for cell in nbformat.read(chapter, as_version=4).cells if cell.cell_type == "code")
+
+
+def figures(found: dict[str, float] | None) -> tuple[str, str]:
+    """Time and memory in words; seconds to the next ten, since a second run is never the same."""
+    if found is None:
+        return UNKNOWN, UNKNOWN
+    seconds = max(10, round(found["seconds"], -1))
+    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    return time, f"{found['memory_gb']:.1f} GB"
+
+
+def main() -> None:
+    """Replace the table in every chapter."""
+    record = json.loads(RECORD.read_text())
+    for chapter in execute.chapters():
+        notebook = nbformat.read(chapter, as_version=4)
+        first = notebook.cells[0]
+        if not TABLE.search(first.source):
+            raise SystemExit(f"{chapter.name} has no table of presets in its first cell; add its first line.")
+        first.source = TABLE.sub(lambda _, chapter=chapter: table(chapter, record), first.source)
+        nbformat.write(notebook, chapter)
+
+
+if __name__ == "__main__":
+    main()
