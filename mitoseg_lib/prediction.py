@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 ASSUMED_NM = (5.0, 5.0, 5.0)
+ONE_SLICE = (
+    "this model compares a slice with the ones above and below it, and here is one only, which makes it much worse;"
+    " the course's data/weights/single_slices.safetensors (--weights) has learned from single slices"
+)
 SLAB = 8  # slices at a time, as many as a chunk of the written Zarr has
 LARGEST_SLAB = 2**28  # bytes of input as float32 that are read at a time, unless a single slice is larger
 LARGEST_BLOCK = 2**26  # bytes of probabilities at a time, of which a median keeps several times as many
@@ -321,6 +325,8 @@ def plan_prediction(
             f"the median along z takes {_slices(median)} of {found.voxel_size_nm[0]:g} nm instead of"
             f" {_slices(segmenter.median)} of {segmenter.voxel_size_nm[0]:g} nm"
         )
+    if reader.shape[0] == 1 and getattr(segmenter.model, "n_slices", 1) > 1:
+        notes.append(ONE_SLICE)
     return PredictionPlan(reader, target, segmenter, found.voxel_size_nm, found.grey, tuple(notes), overwrite)
 
 

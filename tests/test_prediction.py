@@ -444,3 +444,14 @@ def test_a_gpu_that_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="no GPU"):
         Segmenter.load(path, device="cuda")
     assert next(Segmenter.load(path).model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("depth", "neighbours", "is_said"), [(1, True, True), (1, False, False), (2, True, False)])
+def test_a_single_image_is_told_from_a_stack(depth, neighbours, is_said, tmp_path):
+    tifffile.imwrite(tmp_path / "image.tif", np.full((depth, 40, 40), 128, np.uint8), photometric="minisblack")
+    torch.manual_seed(0)
+    segmenter = Segmenter(encoder_unet("efficientnet_lite0", weights=None, neighbours=neighbours).eval())
+    plan = plan_prediction(tmp_path / "image.tif", tmp_path / "mask.tif", segmenter)
+    assert any("here is one only" in note and "--weights" in note for note in plan.notes) == is_said
+    plan.run()
+    assert tifffile.imread(tmp_path / "mask.tif").shape[-2:] == (40, 40)

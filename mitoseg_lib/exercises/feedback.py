@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ __all__ = [
     "require_function",
 ]
 
+WIDTH = 88  # characters of a line, as in the chapters' code
+
 
 @dataclass(frozen=True)
 class Feedback:
@@ -48,8 +51,8 @@ class Feedback:
     words: str
 
     def __repr__(self) -> str:
-        """In words, as a notebook shows it."""
-        return f"{'Right' if self.right else 'Not yet'}: {self.words}"
+        """In words, as a notebook shows it: in lines, since a page doesn't break them."""
+        return textwrap.fill(f"{'Right' if self.right else 'Not yet'}: {self.words}", WIDTH, break_long_words=False)
 
 
 class NotYet(Exception):  # noqa: N818, it is no error
