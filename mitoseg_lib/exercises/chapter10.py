@@ -54,8 +54,9 @@ def check_levels(adapted: Any, stack: Stack) -> str:
     spread = (found[2] - found[0]) / (wanted[2] - wanted[0])
     hint(spread < 0.75, "The levels lie closer together than the training stack's: is the contrast the same?")
     hint(spread > 1.33, "The levels lie further apart than the training stack's; was the contrast raised too far?")
-    words = f"The contrast is right, but the median is {'higher' if found[1] > wanted[1] else 'lower'} than the training"
-    hint(abs(found[1] - wanted[1]) > LEVELS, f"{words} stack's.")
+    side = "higher" if found[1] > wanted[1] else "lower"
+    words = f"The contrast is right, but the median is {side} than the training stack's."
+    hint(abs(found[1] - wanted[1]) > LEVELS, words)
     return "the network meets grey levels that it knows. Noise has been raised with the contrast."
 
 
