@@ -31,6 +31,13 @@ def test_figures_in_words(found, words):
     assert times.figures(found) == words
 
 
+def test_the_first_page_states_what_was_measured():
+    assert times.summary(RECORD) in times.INTRO.read_text(), "tools/times.py"
+    found = {"a": {"seconds": 4, "memory_gb": 2.51}, "b": {"seconds": 181, "memory_gb": 1}}
+    said = times.summary({"small": found, "cores": 2})
+    assert said.endswith("code takes 10 s to 3.0 min, and up to 2.5 GB of memory, on 2 CPU cores")
+
+
 def test_what_needs_a_gpu_is_said_where_training_can_be_asked_for():
     tables = {path.stem: times.table(path, RECORD) for path in CHAPTERS}
     assert "| full, `retrain=True` | GPU (T4) | not measured yet |" in tables["04_plain_unet"]

@@ -1,4 +1,4 @@
-"""Write the minutes and the memory of each chapter into it: ``python tools/times.py``.
+"""Write the minutes and the memory of each chapter into it, and a summary into intro.md: ``python tools/times.py``.
 
 They are what ``make bench`` (part `chapters`) has recorded in results/speed/chapters.json.
 """
@@ -11,7 +11,9 @@ import nbformat
 
 import execute
 
-RECORD = Path(__file__).resolve().parents[1] / "results" / "speed" / "chapters.json"
+RECORD = execute.ROOT / "results" / "speed" / "chapters.json"
+INTRO = execute.ROOT / "intro.md"
+SUMMARY = re.compile(r"With the small preset a chapter's code takes .*? CPU cores")
 UNKNOWN = "not measured yet"
 TABLE = re.compile(r"\| preset \| machine in Colab \|.*?\n(?=\n|$)", re.S)
 
@@ -29,6 +31,15 @@ def table(chapter: Path, record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(record: dict) -> str:
+    """What all chapters take with the small preset."""
+    found = sorted(record["small"].values(), key=lambda one: one["seconds"])
+    shortest, longest = figures(found[0])[0], figures(found[-1])[0]
+    memory = max(one["memory_gb"] for one in found)
+    words = f"With the small preset a chapter's code takes {shortest} to {longest}, and up to {memory:.1f} GB of memory"
+    return f"{words}, on {record['cores']} CPU cores"
+
+
 def code(chapter: Path) -> str:
     """All code of a chapter."""
     return "\n".join(cell.source for cell in nbformat.read(chapter, as_version=4).cells if cell.cell_type == "code")
@@ -44,8 +55,9 @@ def figures(found: dict[str, float] | None) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Replace the table in every chapter."""
+    """Replace the table in every chapter, and the summary."""
     record = json.loads(RECORD.read_text())
+    INTRO.write_text(SUMMARY.sub(summary(record), INTRO.read_text()))
     for chapter in execute.chapters():
         notebook = nbformat.read(chapter, as_version=4)
         first = notebook.cells[0]
