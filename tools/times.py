@@ -20,11 +20,13 @@ TABLE = re.compile(r"\| preset \| machine in Colab \|.*?\n(?=\n|$)", re.S)
 
 def table(chapter: Path, record: dict) -> str:
     """The table of a chapter's presets."""
-    where = f"{record['cores']} CPU cores, no graphics card"
     rows = [("small", "CPU", "small"), ("full", "CPU", "full")]
     if "preset.retrain" in code(chapter):
         rows.append(("full, `retrain=True`", "GPU (T4)", "retrain"))
-    lines = [f"| preset | machine in Colab | time there | time on {where} | memory |", "|---|---|---|---|---|"]
+    lines = [
+        f"| preset | machine in Colab | time there | time on {record['cores']} CPU cores | memory |",
+        "|---|---|---|---|---|",
+    ]
     for name, machine, key in rows:
         seconds, memory = figures(record.get(key, {}).get(chapter.stem))
         lines.append(f"| {name} | {machine} | {UNKNOWN} | {seconds} | {memory} |")
