@@ -1,5 +1,6 @@
 """What a chapter's set-up cell calls in Colab: install what is missing, and nothing that is there."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = ROOT / "pyproject.toml"
 
 # Colab's own builds match its GPU driver; replacing one of them breaks the others.
 NEVER_TOUCHED = ("torch", "torchvision", "numpy")
@@ -46,8 +48,11 @@ def install_missing(*extras: str) -> list[str]:
     """Install what the course and some of its extras need and Colab lacks; return the names.
 
     pip is held to the installed torch, torchvision and numpy by a constraints file, so that a dependency's wish for
-    another version is an error and never a replacement.
+    another version is an error and never a replacement. Programs that a chapter starts (`mitoseg`, say) find the
+    library by ``PYTHONPATH``, since they don't know the kernel's own path.
     """
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(path for path in paths if path not in ("", str(ROOT)))])
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     wanted = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
     missing = missing_requirements(wanted)

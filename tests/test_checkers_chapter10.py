@@ -20,7 +20,7 @@ def made():
 @pytest.fixture
 def capstone(made, monkeypatch):
     """One without anything handed in; the truth can be read, as learners are asked not to."""
-    monkeypatch.setattr(made, "_ious", {})
+    monkeypatch.setattr(made, "_handed_in", {})
     monkeypatch.setattr(made, "_last", None)
     return made
 
@@ -59,6 +59,9 @@ WRONG_LEVELS = {
     "further apart": lambda image: np.clip((image - 170.0) * 2 + 125, 0, 255).astype(np.uint8),
     "higher than": lambda image: np.clip((image - 170.0) * 1.4 + 155, 0, 255).astype(np.uint8),
     "lower than": lambda image: np.clip((image - 170.0) * 1.4 + 105, 0, 255).astype(np.uint8),
+    "done by slices": lambda image: (
+        np.stack([s - s.mean() + 118.0 for s in image]).clip(0, 255).round().astype(np.uint8)
+    ),
     "black or white": lambda image: np.where(image > 170, 255, 0).astype(np.uint8),
     "shape": lambda image: image[0],
 }
@@ -130,6 +133,14 @@ def test_the_first_mask_counts_and_the_same_one_counts_once(capstone):
     )
 
 
+def test_an_expectation_is_said_beforehand(capstone):
+    mask = shrunk(capstone._truth)
+    worth = iou(mask, capstone._truth)
+    assert not capstone.hand_in(mask, worth - 0.3).right
+    again = capstone.hand_in(mask, worth)
+    assert not again.right and "that you had first counts" in again.words
+
+
 def limits(mask, truth, parts, *, pooled=True, percentiles=(2.5, 97.5)):
     found, marked = (np.array([op(mask[p], truth[p]).sum() for p in parts]) for op in (np.logical_and, np.logical_or))
     drawn = np.random.default_rng(7).integers(len(parts), size=(20_000, len(parts)))
@@ -149,6 +160,7 @@ def test_an_interval():
         "80 %": right * 100,
         "same mask": right / 2,
         "Were slices drawn": limits(mask, truth, range(60)),
+        "Which percentiles": limits(mask, truth, tiles, percentiles=(5, 95)),
         "nine IoUs": np.percentile(each, (2.5, 97.5)),
         "mean of the tiles": limits(mask, truth, tiles, pooled=False),
         "Draw nine": [0, 1],
@@ -198,6 +210,7 @@ def test_a_count(capstone):
         "is in nm³": (number, volume * 1e9),
         "power of ten": (number, volume * 1e3),
         "that of all objects": (number, whole),
+        "the mean of one": (number, volume / number),
         "the volume isn't": (number, volume * 0.7),
     }
     for words, answer in wrong.items():

@@ -4,12 +4,18 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
 import repository
 from mitoseg_lib import colab
 
 ROOT = Path(__file__).resolve().parents[1]
 WANTED = ["torch>=2.10", "torchvision>=0.25", "numpy>=2.2", "albumentations==2.0.8", "tifffile>=2025.1", "pooch>=1.8"]
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")  # put back afterwards
 
 
 def missing(versions):
@@ -32,6 +38,16 @@ def test_a_pinned_package_in_another_version_is_replaced_and_an_older_unpinned_o
 
 def test_nothing_is_missing_where_the_course_is_installed():
     assert colab.install_missing() == [] == colab.install_missing("onnx")
+
+
+def test_programs_that_a_chapter_starts_find_the_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for _ in range(2):  # the set-up cell may run twice
+        colab.install_missing()
+        assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(tmp_path)]
+    code = "import mitoseg_lib; print(mitoseg_lib.__file__)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str(ROOT / "mitoseg_lib" / "__init__.py")
 
 
 def test_the_packages_of_an_extra_are_asked_for_too(monkeypatch):

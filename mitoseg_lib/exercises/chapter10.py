@@ -50,6 +50,12 @@ def check_levels(adapted: Any, stack: Stack) -> str:
     hint(values.dtype != np.uint8, words)
     lost = np.mean((values == 0) | (values == 255))
     hint(lost > 0.02, f"{lost:.0%} of the voxels are quite black or white, and their differences are lost.")
+    line = np.polynomial.Polynomial.fit(*(image[(values > 0) & (values < 255)] for image in (stack.image, values)), 1)
+    inside = np.clip(line(stack.image), 0, 255)
+    hint(
+        np.abs(inside - values).max() > 2,
+        "No single straight line makes this of the whole stack. Was it done by slices?",
+    )
     found, wanted = (np.percentile(image, QUARTILES) for image in (values, load_example("train").image))
     spread = (found[2] - found[0]) / (wanted[2] - wanted[0])
     hint(spread < 0.75, "The levels lie closer together than the training stack's: is the contrast the same?")
@@ -82,6 +88,9 @@ def check_interval(interval: Any, mask: NDArray[np.bool_], truth: NDArray[np.boo
     each = tp / np.maximum(tp + errors, 1)
     words = "These are the limits of nine IoUs. How far does the IoU of nine tiles together vary, if others are drawn?"
     hint(_fits(found, np.percentile(each, LIMITS)), words)
+    counts = _counts(mask, truth, _tiles(truth.shape))
+    others = [_interval(counts, limits) for limits in ((5, 95), (0, 100), (25, 75))]
+    hint(any(_fits(found, other) for other in others), "Which percentiles are these? 95 % lie between 2.5 and 97.5.")
     words = "Was the mean of the tiles' IoUs taken? Add up the counts of the nine tiles that are drawn, then divide."
     drawn = each[np.random.default_rng(0).integers(len(each), size=(TIMES, len(each)))].mean(1)
     hint(_fits(found, np.percentile(drawn, LIMITS)), words)
@@ -103,7 +112,7 @@ class Capstone:
         phantom = make_phantom(SHAPE, SEED, foreground=FOREGROUND, imaging=IMAGING)
         self.stack = Stack(phantom.image, None, phantom.voxel_size_nm, "capstone")
         self._truth = phantom.labels
-        self._ious: dict[str, float] = {}  # of the masks handed in, by their sha256
+        self._handed_in: dict[str, tuple[float, float]] = {}  # IoU and first expectation of each mask, by its sha256
         self._last: NDArray[np.bool_] | None = None
 
     @checker
@@ -118,7 +127,9 @@ class Capstone:
         hint(not 0 <= expected <= 1, "The IoU that you expect must lie between 0 and 1: write 0.8 for 80 %.")
         _look_for_slips(mask, self._truth)
         found, self._last = errors_by_kind(mask, self._truth), mask
-        words = f"{_report(found)} You expected {expected:.2f}. {self._which(mask, found.iou)}"
+        given, expected = expected, self._first_expectation(mask, found.iou, expected)
+        first = "" if given == expected else ", and the expectation that you had first counts"
+        words = f"{_report(found)} You expected {expected:.2f}{first}. {self._which()}"
         hint(found.iou < ENOUGH, f"{words} {ENOUGH:g} can be reached without labels of this stack. {_advice(found)}")
         way = "more" if expected > found.iou else "less"
         off = f"Your expectation was {way} than that by over {NEAR:g}. On which labelled stack did you measure it, and"
@@ -142,13 +153,17 @@ class Capstone:
             " of the two would you publish, and with which limits of error?"
         )
 
-    def _which(self, mask: NDArray[np.bool_], found: float) -> str:
+    def _first_expectation(self, mask: NDArray[np.bool_], found: float, expected: float) -> float:
+        """Remember a mask, and return what was expected of it before its score was known."""
+        digest = hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
+        return self._handed_in.setdefault(digest, (found, expected))[1]
+
+    def _which(self) -> str:
         """Say which mask in turn this is."""
-        self._ious.setdefault(hashlib.sha256(np.packbits(mask).tobytes()).hexdigest(), found)
-        if len(self._ious) == 1:
+        if len(self._handed_in) == 1:
             return "It is your first mask, so this is the score to quote."
-        first = next(iter(self._ious.values()))
-        return f"You have handed in {len(self._ious)} masks; the score to quote is the first one's, {first:.2f}."
+        first = next(iter(self._handed_in.values()))[0]
+        return f"You have handed in {len(self._handed_in)} masks; the score to quote is the first one's, {first:.2f}."
 
 
 def _tiles(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
@@ -162,10 +177,10 @@ def _counts(mask: NDArray[np.bool_], truth: NDArray[np.bool_], parts: Sequence[t
     return np.array([(np.sum(mask[part] & truth[part]), np.sum(mask[part] != truth[part])) for part in parts])
 
 
-def _interval(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _interval(counts: NDArray[np.int64], limits: tuple[float, float] = LIMITS) -> NDArray[np.float64]:
     drawn = np.random.default_rng(0).integers(len(counts), size=(TIMES, len(counts)))
     found, wrong = np.moveaxis(counts[drawn].sum(1), -1, 0)
-    return np.percentile(found / np.maximum(found + wrong, 1), LIMITS)
+    return np.percentile(found / np.maximum(found + wrong, 1), limits)
 
 
 def _fits(found: Sequence[float], expected: NDArray[np.float64]) -> bool:
@@ -252,6 +267,8 @@ def _judge_volume(volume: float, voxels: NDArray[np.intp], voxel_um3: float) -> 
         return
     hint(is_close(volume, large), "The number is right. The volume is a number of voxels; how large is one?")
     hint(is_close(volume, right * 1e9), "The number is right. The volume is in nm³; how many of them has a µm³?")
+    mean = right / (voxels >= SMALLEST).sum()
+    hint(is_close(volume, mean), "The number is right. The volume is the mean of one; what have they together?")
     words = "The number is right. The volume is wrong by a power of ten: a µm³ is a cube of 1000 nm to each side."
     hint(any(is_close(volume, right * 10.0**power) for power in range(-12, 12)), words)
     hint(is_close(volume, voxels.sum() * voxel_um3), "The number is right. The volume is that of all objects.")

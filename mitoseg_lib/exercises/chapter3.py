@@ -29,7 +29,11 @@ def check_border(ious: Any, truth: NDArray[np.bool_]) -> str:
     if is_close(found, [one.iou for one in judged]):
         return "the border of the very truth, moved by one pixel, costs more than most improvements of a network gain."
     hint(is_close(found, [one.dice for one in judged]), "These are Dice coefficients; the question is about the IoU.")
-    hint(is_close(found, [_mean_over_slices(truth, in_slice, n) for n in (1, 2, 3)]), "These are means over slices.")
+    hint(
+        is_close(found, [_mean_over_slices(truth, in_slice, n) for n in (1, 2, 3)]),
+        "These look like means over slices. Score all at once.",
+    )
+    hint(is_close([1 - one for one in found], [one.iou for one in judged]), "These are costs; hand in the IoUs.")
     in_volume = ndimage.generate_binary_structure(3, 1)
     hint(
         is_close(found, [_scores_of_wider(truth, in_volume, pixels).iou for pixels in (1, 2, 3)]),
@@ -49,6 +53,9 @@ def check_pooling(total: Any, prediction: NDArray[np.bool_], truth: NDArray[np.b
         return "counts of voxels can be added, ratios can't."
     is_number = isinstance(total, float | np.floating)
     mean = np.mean([scores(p, t).iou for p, t in zip(prediction, truth, strict=True)])
+    hint(
+        is_number and abs(total - expected.iou) < 5e-5, "That is the sum's IoU. Hand in the sum itself, not one number."
+    )
     hint(is_number and is_close(total, mean), "That is the mean over slices: each slice weighs the same in it.")
     hint(not isinstance(total, Scores), "Hand in the sum itself, which is what `scores` returns, not one number of it.")
     voxels = [sum(vars(one).values()) for one in (total, expected)]
@@ -74,7 +81,7 @@ def check_ten_numbers(found: Any) -> str:
     words = "The slopes of all steps add up here; `zero_grad()` belongs into each step."
     hint(_are_near(values, piled), words)
     wrong = [key for key, *pair in zip(keys, values, expected, strict=True) if not _are_near(*pair)]
-    raise NotYet(f"Look at {wrong[0]}. Does each of them start at logits of -6, with a new optimizer?")
+    raise NotYet(f"Look at {wrong[0]}. Does each start at logits of -6, with a new optimizer and no sigmoid?")
 
 
 def _wider(truth: NDArray[np.bool_], structure: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:

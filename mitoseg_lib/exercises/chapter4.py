@@ -102,6 +102,7 @@ def check_repaired(repaired: Any) -> str:
     words = "The masks came to the loss in place of the logits; the network's answer is its first argument."
     hint(any(one["given"] == "masks" for one in seen), words)
     words = "A batch was answered in `eval()`, in which BatchNorm doesn't look at the batch and collects no statistics."
+    words += " The function must see to the mode itself, whatever it finds."
     hint(not all(one["training"] for one in seen), words)
     words = "The loss was given numbers from 0 to 1 only. It takes logits, and applies a sigmoid of its own to them."
     hint(any(one["given"] == "probabilities" for one in seen), words)

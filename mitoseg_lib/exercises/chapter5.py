@@ -88,6 +88,7 @@ def check_largest_cube(sides: Any, cost: Mapping[str, tuple[float, float]], nets
 @checker
 def check_medians(found: Any, probability: Mapping[str, NDArray[np.float32]], held_out: Stack) -> str:
     """Exercise 3: (teeth in 1000, IoU) of the 2D network's answer for each size of a median over slices."""
+    hint(not isinstance(probability, Mapping), "The second argument is the dictionary `probability`, of both networks.")
     given = as_mapping(found, "a pair (teeth, IoU) for each size of the median", SIZES)
     pairs = [as_numbers(given[size], f"teeth and IoU for {size} slices", 2) for size in SIZES]
     truth, p = held_out.labels, probability["2D"]

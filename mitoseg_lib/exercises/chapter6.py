@@ -117,7 +117,7 @@ def check_unscaled(careless: Any, aucs: Any, pretrained: EncoderUNet, scaled_auc
     hint(found[0] == found[1], "The copies are right, but both have the same AUC. Was the probe given each of them?")
     hint(min(found) < 0.5, "An AUC below 0.5 is worse than guessing. Does `linear_probe` get the fitted pair first?")
     have_fallen = max(found) < whole
-    words = "both AUCs have fallen" if have_fallen else "not even the AUCs have both fallen"
+    words = "both AUCs have fallen" if have_fallen else "not both AUCs have fallen"
     return f"{words}, and no error was raised. A scale that was forgotten has to be looked for."
 
 

@@ -46,7 +46,7 @@ def check_rule(fooled: Any, gain: Any) -> str:
     found = as_number(gain, "the gain in standard deviations")
     often = _finds(found)
     if abs(often - NINE_IN_TEN) <= 0.03:
-        return "no number of folds lets this rule find a gain below one standard deviation; that is where it stands."
+        return "no number of folds lets this rule find a gain below one standard deviation more often than not."
     hint(found == NINE_IN_TEN, SECOND + "The second is how often; how large must the gain be for that?")
     words = "Give the gain in standard deviations of the differences: 1 for a gain as large as their spread."
     hint(0 < found < 0.1, SECOND + words)

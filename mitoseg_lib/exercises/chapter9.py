@@ -60,6 +60,9 @@ def check_quantise(quantise: Any) -> str:
     hint(len(np.unique(found)) > 255, "These are more than 255 values: is the number of steps rounded?")
     error = np.abs(found - values).max()
     hint(error > 0.6 * step, "Some values are off by more than half a step. Are they rounded, or cut off?")
+    turned = as_array(call(quantise, -values, 8, words="the negatives of these"), "the rounded values", (500,))
+    words = "Of numbers whose largest by size is negative, that one changes. Is the absolute value taken?"
+    hint(abs(turned[1] + 20) > 1e-3, words)
     fewer = as_array(call(quantise, values.copy(), 4, words="500 numbers and 4 bits"), "the rounded values", (500,))
     hint(
         len(np.unique(fewer)) > 15,
