@@ -216,7 +216,7 @@ AUCS = {"unscaled": 0.9, "0 to 255": 0.8}
 def test_careless_copies():
     assert check_unscaled(CARELESS, AUCS, PRETRAINED, 0.95).right
     assert "both AUCs have fallen" in check_unscaled(CARELESS, AUCS, PRETRAINED, np.float64(0.95)).words
-    assert "not even" in check_unscaled(CARELESS, AUCS, PRETRAINED, 0.85).words
+    assert "not both" in check_unscaled(CARELESS, AUCS, PRETRAINED, 0.85).words
     never_right(check_unscaled, CARELESS, AUCS, PRETRAINED, 0.95)
     for junk in JUNK:
         assert not check_unscaled(CARELESS | {"unscaled": junk}, AUCS, PRETRAINED, 0.95).right
