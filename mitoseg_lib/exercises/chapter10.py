@@ -70,8 +70,8 @@ def check_levels(adapted: Any, stack: Stack) -> str:
 def check_interval(interval: Any, mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> str:
     """Exercise 2: the limits of the IoU's 95 % interval, by drawing nine tiles of the plane with replacement."""
     found = as_numbers(interval, "the lower and the upper limit of the IoU", 2)
-    score = iou(mask, truth)
-    expected = _interval(_counts(mask, truth, _tiles(truth.shape)))
+    score, counts = iou(mask, truth), _counts(mask, truth, _tiles(truth.shape))
+    expected = _interval(counts)
     if _fits(found, expected):
         return "and this is only the chance of which tissue was imaged. Another microscope isn't in it."
     hint(found[0] > found[1], "The first number is the lower limit.")
@@ -84,11 +84,9 @@ def check_interval(interval: Any, mask: NDArray[np.bool_], truth: NDArray[np.boo
         "That is narrow. Were slices drawn? Neighbours show nearly the same, so that they are no independent samples."
     )
     hint(_fits(found, by_slice), words)
-    tp, errors = _counts(mask, truth, _tiles(truth.shape)).T
-    each = tp / np.maximum(tp + errors, 1)
+    each = counts[:, 0] / np.maximum(counts.sum(1), 1)
     words = "These are the limits of nine IoUs. How far does the IoU of nine tiles together vary, if others are drawn?"
     hint(_fits(found, np.percentile(each, LIMITS)), words)
-    counts = _counts(mask, truth, _tiles(truth.shape))
     others = [_interval(counts, limits) for limits in ((5, 95), (0, 100), (25, 75))]
     hint(any(_fits(found, other) for other in others), "Which percentiles are these? 95 % lie between 2.5 and 97.5.")
     words = "Was the mean of the tiles' IoUs taken? Add up the counts of the nine tiles that are drawn, then divide."
