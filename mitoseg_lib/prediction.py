@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mitoseg_lib.errors import FilePath, StackError, named_errors
+from mitoseg_lib.fusion import fuse
 from mitoseg_lib.grey import GreyRange, GreyTransform, choose_grey_transform
 from mitoseg_lib.inference import predict_stack, predict_turned
 from mitoseg_lib.readers import SliceReader, open_reader
@@ -120,7 +121,7 @@ class Segmenter:
         metadata = metadata_for_slices(weights, threshold)
         model, _ = load_weights(weights)
         return cls(
-            model.to(chosen),
+            fuse(model.to(chosen)),
             metadata.voxel_size_nm,
             metadata.threshold,
             metadata.grey_range,

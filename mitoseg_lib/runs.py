@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mitoseg_lib.stacks import Stack
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 THREADS = 2
+WIDTH = 88  # characters of a line, as in the chapters' code
 THRESHOLD_CHOICES = ("validation", "fixed", "test")
 
 T = TypeVar("T")
@@ -254,12 +256,12 @@ def results_table(rows: Mapping[str, str], folder: Path = RESULTS) -> str:
 
 
 def origin(shown: Sequence[RecordedRun]) -> str:
-    """Return a line that says on which device, when and on which data runs were made; there must be one or more."""
+    """Return on which data, on which devices and when runs were made, in lines that a page can hold."""
     devices = ", ".join(sorted({run.device for run in shown}))
     dates = sorted({run.date for run in shown})
     data = ", ".join(sorted({run.data["name"] for run in shown}))
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"IoU, recorded on {data}; {devices}; {when}."
+    return textwrap.fill(f"IoU, recorded on {data}; {devices}; {when}.", WIDTH)
 
 
 def _mean_iou(found: Sequence[RecordedRun], part: str) -> str:

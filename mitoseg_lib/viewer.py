@@ -375,6 +375,7 @@ def plot_history(
         ax.set(xlabel="epoch", ylabel=quantity.replace("_", " ").replace("iou", "IoU"))
         if quantity.endswith("iou"):
             ax.set_ylim(-0.02, 1)
+        ax.xaxis.get_major_locator().set_params(integer=True)  # there is no epoch 1.5
         ax.grid(alpha=0.3)
     for ax in axes.ravel()[len(what) :]:
         ax.axis("off")
@@ -382,7 +383,7 @@ def plot_history(
     if any(quantity in ("iou", "loss") for quantity in what):
         handles += [Line2D([], [], color="black", linestyle=line) for line in ("-", "--")]
         names += ["validation", "training"]
-    fig.tight_layout(pad=0.4)
+    fig.tight_layout(pad=0.4, w_pad=2)  # else a label touches the panel on its left
     _add_legend(fig, handles, names)
     return fig
 

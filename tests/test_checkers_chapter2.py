@@ -150,6 +150,7 @@ def in_the_first_slice(stack, size, degrees, rng):
         (mask_filled, "labelled all over"),
         (lambda *given: turned_patch(*given, factor=1, extra=0), "mirrored tissue"),
         (lambda *given: turned_patch(*given, factor=1.2), "mirrored tissue"),
+        (lambda *given: turned_patch(*given, factor=1, extra=68), "a patch of 300 holds mirrored tissue"),
         (lambda *given: turned_patch(*given, extra=0, shift=-5), "mirrored tissue"),
         (lambda stack, size, degrees, rng: turned_patch(stack, size, 0, rng), "isn't turned"),
         (lambda stack, size, degrees, rng: turned_patch(stack, size, np.radians(degrees), rng), "radians"),

@@ -41,6 +41,7 @@ MODULE_ORDER = [
     "surfaces",
     "models",
     "inference",
+    "fusion",
     "streams",
     "calibration",
     "checkpoints",
@@ -212,6 +213,13 @@ def test_every_figure_has_alt_text(path):
 def test_prose_reads_well_where_directives_show_as_raw_text(path):
     for cell in cells(path, "markdown"):
         assert not re.search(r"^```\{|^:::|\{(cite|term|ref|doc)[:}]", cell.source, flags=re.M), cell.source[:80]
+
+
+@per_chapter
+def test_nothing_is_promised_for_later(path):
+    for cell in cells(path, "markdown"):
+        found = re.search(r"in preparation|not written yet|coming soon", cell.source)
+        assert found is None, "what was announced is there by now, or isn't a promise to make"
 
 
 @per_chapter

@@ -265,7 +265,7 @@ def test_a_row_that_was_not_run_names_its_command(tmp_path):
 def test_the_origin_names_every_device_every_data_set_and_the_days():
     other = dataclasses.replace(RUN, device="NVIDIA T4", date="2026-02-03", data={"name": "epfl-rebuilt"})
     assert runs.origin([other, RUN, RUN]) == (
-        "IoU, recorded on epfl-rebuilt, phantom; 2 CPU cores, NVIDIA T4; 2026-01-01 to 2026-02-03."
+        "IoU, recorded on epfl-rebuilt, phantom; 2 CPU cores, NVIDIA T4; 2026-01-01 to\n2026-02-03."
     )
 
 

@@ -434,6 +434,14 @@ def test_one_column_is_one_solid_curve_a_training():
     assert [text.get_text() for text in only.legends[0].get_texts()] == list(histories)
 
 
+def test_no_label_touches_the_panel_beside_it_and_epochs_are_whole_numbers():
+    fig = plot_history({"first": epochs(3)})
+    fig.draw_without_rendering()
+    left, right = fig.axes
+    assert right.yaxis.label.get_window_extent().x0 > left.get_window_extent().x1 + 3
+    assert all(tick == round(tick) for ax in fig.axes for tick in ax.get_xticks())
+
+
 @pytest.mark.parametrize(("columns", "shape"), [(1, (3, 1)), (2, (2, 2)), (3, (1, 3)), (9, (1, 3))])
 def test_panels_fill_rows_of_so_many_columns(columns, shape):
     fig = plot_history({"a": epochs(2)}, what=["iou", "loss", "train_iou"], columns=columns)

@@ -84,7 +84,7 @@ def check_gaps(dices: Any, labels: NDArray[np.bool_]) -> str:
 def check_turned_patch(turned_patch: Any) -> str:
     """Exercise 3: a function (stack, size, degrees, rng) -> image and mask, (size, size), with no corner filled."""
     require_function(turned_patch, "turned_patch")
-    for size, degrees in ((64, 17), (33, 45), (64, 45)):
+    for size, degrees in ((64, 17), (33, 45), (64, 45), (300, 45)):
         _require_no_filling(turned_patch, size, degrees)
         for axis in (1, 0):
             _require_turned(turned_patch, size, degrees, axis)
@@ -94,7 +94,7 @@ def check_turned_patch(turned_patch: Any) -> str:
 
 def _require_no_filling(function: Callable[..., Any], size: int, degrees: float) -> None:
     """Hint unless a stack that is white and labelled all over stays so."""
-    white = np.full((4, 200, 200), 255, np.uint8)
+    white = np.full((4, _side(size), _side(size)), 255, np.uint8)
     image, mask = _patch(function, Stack(white, white > 0), size, degrees)
     words = "From a stack that is white (255) all over, the middle of the patch isn't white. Is it cut from `stack`?"
     hint(image[size // 2, size // 2] < 250, words)
@@ -109,10 +109,12 @@ def _require_no_filling(function: Callable[..., Any], size: int, degrees: float)
 def _require_turned(function: Callable[..., Any], size: int, degrees: float, axis: int) -> None:
     """Hint unless image and mask are turned alike, by these degrees, with tissue of the stack in the corners.
 
-    The stack is as bright as the number of its row (axis 0) or column (1): turned, that is an even slope, and where it
-    is mirrored it isn't.
+    The stack becomes brighter with the number of its row (axis 0) or column (1): turned, that is an even slope, and
+    where it is mirrored it isn't.
     """
-    grey = np.tile((np.indices((200, 200))[axis] + 28).astype(np.uint8), (4, 1, 1))
+    side = _side(size)
+    step = 200 / side  # grey levels a pixel
+    grey = np.tile(np.rint(np.indices((side, side))[axis] * step + 28).astype(np.uint8), (4, 1, 1))
     image, mask = _patch(function, Stack(grey, _is_striped(grey)), size, degrees)
     rows_out, columns_out = np.indices(image.shape) - (size - 1) / 2
     disc = np.hypot(rows_out, columns_out) < size / 2 - 2  # holds tissue whatever has been done to the corners
@@ -124,7 +126,7 @@ def _require_turned(function: Callable[..., Any], size: int, degrees: float, axi
     hint(turned < 1, f"With {degrees} degrees the patch isn't turned, or hardly. `rotate` takes degrees, not radians.")
     words = f"With {degrees} degrees the patch is turned by another angle. Is it turned once, and by `degrees`?"
     hint(abs(turned - degrees) > 2, words)
-    stretched = abs(np.hypot(*slope[:2]) - 1) > 0.05
+    stretched = abs(np.hypot(*slope[:2]) / step - 1) > 0.05
     hint(stretched, "The tissue is smaller or larger than in the stack. Cut the inner part out, don't resize.")
     words = (
         f"Turned by {degrees} degrees, a patch of {size} holds mirrored tissue in its corners. Is the side of the cut"
@@ -135,6 +137,11 @@ def _require_turned(function: Callable[..., Any], size: int, degrees: float, axi
     sure = (level % STRIPE >= 2) & (level % STRIPE <= STRIPE - 3)  # not where a stripe ends
     words = "Image and mask don't belong together. Take both from one place, and turn and cut both in the same way."
     hint(not np.array_equal(mask[sure], _is_striped(level[sure])), words)
+
+
+def _side(size: int) -> int:
+    """Side of a stack that holds patches of a size with enough around them."""
+    return max(200, 2 * size)
 
 
 def _require_random(function: Callable[..., Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def check_join_faces(join_faces: Any) -> str:
         expected = ndimage.label(noise)[1]
         if found != expected:
             _judge_joined(found, expected, slabs)
+    _require_numbers(join_faces)
     return "a program that counts by another rule isn't wrong. But a count without its rule can't be compared."
 
 
@@ -134,6 +135,17 @@ def check_parts(broken: Any, separate: Any, labels: NDArray[np.integer]) -> str:
         _judge_broken(set(found), expected, set(which.tolist()), of_broken)
     words = "a count of mitochondria has to say whether touching ones were separated, and how"
     return f"{words}." if expected else f"none fell apart here; but {words}."
+
+
+def _require_numbers(join_faces: Callable[..., Any]) -> None:
+    """Hint if the numbers in the slabs aren't used: two neighbours with numbers of their own stay two."""
+    slab = np.zeros((2, 4, 4), int)
+    slab[:, 1:3, 1], slab[:, 1:3, 2] = 1, 2
+    found = call(join_faces, [slab, slab.copy()], words="two slabs with two objects each")
+    words = (
+        "The voxels of all slabs are numbered anew. A large volume never lies in memory whole: join numbers instead."
+    )
+    hint(as_number(found, "what the function returns, the number of objects") == 1, words)
 
 
 def _judge_joined(found: float, expected: int, slabs: list[NDArray]) -> None:
