@@ -99,6 +99,8 @@ class Segmenter:
     ) -> Segmenter:
         """Read weights (None: those that come with the library; see `mitoseg_lib.weights.load_weights`).
 
+        On a CPU the network is written as fewer operations, see `mitoseg_lib.fusion.fuse`.
+
         Parameters
         ----------
         weights
@@ -121,7 +123,7 @@ class Segmenter:
         metadata = metadata_for_slices(weights, threshold)
         model, _ = load_weights(weights)
         return cls(
-            fuse(model.to(chosen)),
+            fuse(model) if chosen.type == "cpu" else model.to(chosen),  # on a GPU nobody has measured it
             metadata.voxel_size_nm,
             metadata.threshold,
             metadata.grey_range,
