@@ -101,10 +101,7 @@ def run(
         raise typer.BadParameter("no recipe was named; `mitoseg run --list` lists them.")
     if name in MEASUREMENTS and seed:
         raise typer.BadParameter("a measurement takes the seeds that have weights; leave out --seed.")
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    _prepare_training(threads)
     try:
         made = _measure(name, data, output) if name in MEASUREMENTS else _record(name, seed, data, output)
     except (StackError, ValueError, RuntimeError, ArithmeticError, OSError) as error:
@@ -114,6 +111,17 @@ def run(
         typer.echo(f"mitoseg: {str(stopped) or 'stopped, and nothing was written.'}", err=True)
         raise typer.Exit(130) from None
     typer.echo(made)
+
+
+def _prepare_training(threads: int | None) -> None:
+    """Keep freed memory, and use so many CPU threads."""
+    from mitoseg_lib.memory import reuse_memory
+
+    reuse_memory()
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _record(name: str, seed: int, data: Data, output: Path) -> str:
@@ -341,10 +349,7 @@ def train(
     size = None if voxel_size is None else _voxel_size(voxel_size)
     from mitoseg_lib.finetuning import FineTuningOptions, plan_finetuning
 
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    _prepare_training(threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = FineTuningOptions(encoder, weights, neighbours, epochs, seed, device.value, instances)
     try:

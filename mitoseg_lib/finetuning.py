@@ -20,7 +20,7 @@ from mitoseg_lib.checkpoints import CheckpointFolder
 from mitoseg_lib.errors import FilePath
 from mitoseg_lib.files import write_whole
 from mitoseg_lib.grey import GreyRange
-from mitoseg_lib.inference import choose_threshold, is_bf16_native, predict_stack
+from mitoseg_lib.inference import choose_threshold, predict_stack
 from mitoseg_lib.labelled import Parts, hold_out, read_labelled
 from mitoseg_lib.metrics import Scores, scores
 from mitoseg_lib.models import EncoderUNet, UNet
@@ -30,6 +30,7 @@ from mitoseg_lib.stacks import Stack
 from mitoseg_lib.starts import Start, choose_start
 from mitoseg_lib.tiff import VoxelSize
 from mitoseg_lib.training import History, TrainingInterrupted, TrainingSettings, fit
+from mitoseg_lib.training.precision import mixed_precision
 from mitoseg_lib.weights import MaskRule, save_weights
 
 __all__ = [
@@ -270,7 +271,7 @@ def _settings(options: FineTuningOptions, *, from_model: bool) -> TrainingSettin
         encoder_rate=ENCODER_RATE,
         averaging=max(0.0, 1 - 1 / (AVERAGED * STEPS * max(1, options.epochs))),
         seed=options.seed,
-        precision="bf16" if device.type == "cpu" and is_bf16_native(device) else "auto",
+        precision=mixed_precision(device),
         device=device.type,
     )
 

@@ -34,6 +34,7 @@ from mitoseg_lib.patches import (
 from mitoseg_lib.splits import Split, block_split, cross_validation_folds, random_split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.training import TrainingSettings
+from mitoseg_lib.training.precision import mixed_precision
 
 __all__ = ["RECIPES", "Recipe", "recipe_named", "spread_slices"]
 
@@ -110,8 +111,10 @@ class Recipe:
         Epochs, steps in each, patches in each step.
     patch_size : int or tuple of int
         As in `PatchDataset`.
-    learning_rate, schedule, precision, encoder_rate, averaging : float, str, str, float, float
+    learning_rate, schedule, encoder_rate, averaging : float, str, float, float
         As in `TrainingSettings`.
+    precision : str
+        As in `TrainingSettings`, but ``auto`` is bf16 on a CPU that computes with it itself.
     loss, augmentation, split : str
         Of `LOSSES`, `AUGMENTATIONS`, `SPLITS`.
     labelled : int, optional
@@ -191,7 +194,7 @@ class Recipe:
             schedule=self.schedule,
             loss=LOSSES[self.loss](),
             seed=seed,
-            precision=self.precision,
+            precision=_fastest() if self.precision == "auto" else self.precision,
             encoder_rate=self.encoder_rate,
             averaging=self.averaging,
         )
@@ -200,6 +203,10 @@ class Recipe:
         """Return the slices that train and that validate."""
         split = SPLITS[self.split](n_slices)
         return Split(spread_slices(split.train, self.labelled or len(split.train)), split.validation)
+
+
+def _fastest() -> str:
+    return mixed_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class _FixedPatches(Dataset[Pair]):

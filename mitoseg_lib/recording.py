@@ -274,7 +274,8 @@ def _fields(recipe: Recipe, model: nn.Module, split: Split, choice: Choice) -> d
         "epochs": recipe.epochs,
         "batch_size": recipe.batch_size,
         "patch_size": recipe.patch_size if isinstance(recipe.patch_size, int) else list(recipe.patch_size),
-        "optimizer": f"Adam, {recipe.schedule}{_extras(recipe)}, {recipe.steps} steps an epoch, {recipe.precision}",
+        "optimizer": f"Adam, {recipe.schedule}{_extras(recipe)}, {recipe.steps} steps an epoch, "
+        f"{recipe.settings(seed=0).precision}",
         "learning_rate": recipe.learning_rate,
         "loss": recipe.loss,
         "augmentation": f"{recipe.augmentation}; {patches}",

@@ -48,6 +48,19 @@ def test_an_unknown_data_set_is_a_usage_error():
     assert CliRunner().invoke(app, ["fetch", "imagenet"]).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "no-such-recipe"], ["train", "none.tif", "none.tif", "--output"], ["predict", "none.tif"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_that_compute_keep_their_memory(arguments, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mitoseg_lib.memory.reuse_memory", lambda: asked.append(True))
+    more = [] if arguments[0] == "run" else [str(tmp_path / "out.tif")]
+    assert CliRunner().invoke(app, arguments + more).exit_code == 1
+    assert asked == [True]
+
+
 # --- mitoseg run
 
 

@@ -14,6 +14,7 @@ from mitoseg_lib.models import count_parameters
 from mitoseg_lib.recipes import RECIPES, Recipe
 from mitoseg_lib.splits import block_split
 from mitoseg_lib.training import TrainingSettings
+from mitoseg_lib.training.precision import mixed_precision
 
 QUICKEST = RECIPES["check"]
 
@@ -43,6 +44,8 @@ def test_a_recipe_says_what_it_shows_and_whether_it_wants_a_gpu(name):
     assert 1 < len(recipe.shows) < 60 and "\n" not in recipe.shows
     is_long = name.startswith(("ladder-longer", "ladder-sturdy", "ladder-volume"))
     assert (name.endswith("-gpu") or is_long) == (recipe.precision == "auto")
+    fastest = mixed_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert recipe.settings(seed=0).precision == (fastest if recipe.precision == "auto" else recipe.precision)
 
 
 def test_no_two_recipes_of_a_group_show_the_same():

@@ -36,7 +36,7 @@ from mitoseg_lib.training import (
     mean_slice_loss,
 )
 from mitoseg_lib.training.loop import Training
-from mitoseg_lib.training.precision import DepthwiseInFloat32, depthwise_convolutions
+from mitoseg_lib.training.precision import DepthwiseInFloat32, depthwise_convolutions, mixed_precision
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 
@@ -279,6 +279,14 @@ def test_workers_change_nothing():
     results = [train(epochs=2, workers=workers) for workers in (0, 2)]
     assert results[0][1] == results[1][1]
     assert torch.equal(weights(results[0][0]), weights(results[1][0]))
+
+
+def test_the_fastest_precision_is_what_a_device_computes_with_itself(monkeypatch):
+    assert mixed_precision(torch.device("cuda")) == "auto"  # the loop asks the GPU
+    is_native = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+    assert mixed_precision(torch.device("cpu")) == ("bf16" if is_native else "auto")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert mixed_precision(torch.device("cpu")) == "auto"  # fp32: emulated, bf16 is slower
 
 
 def test_mixed_precision_on_request_only():

@@ -21,6 +21,11 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def mixed_precision(device: torch.device) -> str:
+    """Return the setting with which a device trains fastest: bf16 where a CPU computes with it itself, else auto."""
+    return "bf16" if device.type == "cpu" and is_bf16_native(device) else "auto"
+
+
 def depthwise_convolutions(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Return a context for the forward pass, in which depthwise convolutions take the numbers that are fastest.
 
