@@ -35,12 +35,12 @@ from mitoseg_lib.runs import RESULTS
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.surfaces import boundary_iou
-from mitoseg_lib.trained import KEPT, REPEATED, WAYS, Bench, Probabilities
+from mitoseg_lib.trained import KEPT, WAYS, WITH_FOLDS, Bench, Probabilities
 
 __all__ = [
     "KEPT",
     "MEASUREMENTS",
-    "REPEATED",
+    "WITH_FOLDS",
     "Measured",
     "Measurement",
     "measure",
@@ -367,11 +367,11 @@ class Measurement:
 MEASUREMENTS: dict[str, Measurement] = {
     "robustness": Measurement("IoU under changes of the image", _robustness),
     "grey-levels": Measurement("the same, with grey levels brought back to the model's", _grey_levels),
-    "test-tuning": Measurement("what it feigns to choose on the test stack", _test_tuning, of=REPEATED),
+    "test-tuning": Measurement("what it feigns to choose on the test stack", _test_tuning),
     "calibration": Measurement("whether probabilities mean what they say", _calibration),
-    "seeds": Measurement("seeds and their ensemble", _seeds, of=REPEATED),
+    "seeds": Measurement("seeds and their ensemble", _seeds),
     "views": Measurement("eight turns, three views", _views),
-    "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds, of=REPEATED),
+    "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds, of=WITH_FOLDS),
     "boundary": Measurement("how much of the error lies at boundaries", _boundary),
     "error-kinds": Measurement("errors by kind", _error_kinds),
     "transfer-to-phantom": Measurement("from tissue to the phantom", _transfer_to_phantom, on_phantom=True),

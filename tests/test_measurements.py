@@ -29,7 +29,7 @@ from mitoseg_lib.recording import weights_path
 from mitoseg_lib.robustness import CHANGES
 from mitoseg_lib.runs import run_path
 from mitoseg_lib.splits import cross_validation_folds
-from mitoseg_lib.trained import KEPT, REPEATED, Bench
+from mitoseg_lib.trained import KEPT, WITH_FOLDS, Bench
 from mitoseg_lib.weights import MaskRule, load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_stacks")
@@ -170,7 +170,7 @@ def test_without_weights_a_sentence_names_the_command_that_makes_them(tmp_path, 
     write_choice(tmp_path)
     with pytest.raises(ValueError, match="weights are needed; make them with `mitoseg run") as raised:
         measure(name, data="phantom", folder=tmp_path)
-    others = {"views-on-folds": f"{REPEATED}-fold-1", "transfer-from-phantom": FROM_PHANTOM}
+    others = {"views-on-folds": f"{WITH_FOLDS}-fold-1", "transfer-from-phantom": FROM_PHANTOM}
     run = others.get(name, MEASUREMENTS[name].of)
     where = tmp_path / "phantom" if name == "transfer-from-phantom" else tmp_path
     assert f"`mitoseg run {run} --seed 0 --data phantom --output {where}`" in str(raised.value)
@@ -342,7 +342,6 @@ def test_the_spread_is_that_of_seeds_where_one_of_them_sees_something(folder, fi
 
 
 def test_one_seed_has_no_spread(few):
-    weights_path(REPEATED, SEEDS[1], few).unlink()
     weights_path(KEPT, SEEDS[1], few).unlink()
     found = measure("seeds", data="phantom", folder=few).figures
     assert found["seeds"] == [0] and {row["sd"] for row in found["rows"]} == {None}
@@ -401,7 +400,7 @@ def test_views_on_folds_are_pooled_over_what_validates(folder, figures):
     found = {}
     for k, fold in zip(LEVELS, folds, strict=True):
         part = train.slices(fold.validation)
-        found[k] = predict_stack(loaded(folder, f"{REPEATED}-fold-{k}"), part.image), part.labels
+        found[k] = predict_stack(loaded(folder, f"{WITH_FOLDS}-fold-{k}"), part.image), part.labels
     for row in rows[:2]:
         counts = {
             t: [scores(filtered(values, row["median"]) >= np.float32(t), truth) for values, truth in found.values()]
