@@ -206,6 +206,42 @@ def bench_training() -> None:
         row("    of which waiting for patches", f"{100 * sum(waited) / sum(took):.1f} %", "under 5 % on the CPU")
 
 
+LONG_STEPS = """
+import sys, time
+from dataclasses import replace
+import numpy as np, torch
+from mitoseg_lib.datasets import load_example
+from mitoseg_lib.interruptions import StopRequest
+from mitoseg_lib.memory import reuse_memory
+from mitoseg_lib.recipes import recipe_named
+from mitoseg_lib.training.loop import Training
+if sys.argv[2] == "kept":
+    reuse_memory()
+torch.set_num_threads(1)
+recipe = replace(recipe_named("ladder-longer"), precision=sys.argv[1])
+stack, took = load_example("train"), []
+training = Training(recipe.build(0), recipe.patches(stack, 0), stack.slices([0]), recipe.settings(0))
+batches = training.remaining_batches()
+for _ in range(12):
+    started = time.perf_counter()
+    training.take_step(*next(batches), StopRequest())
+    took.append(time.perf_counter() - started)
+print(np.median(took[4:]))
+"""
+
+
+def bench_long_training() -> None:
+    """A step of chapter 7's long training on one core, whose memory is handed back after each layer, or kept."""
+    for precision in ("fp32", "bf16") if is_bf16_native() else ("fp32",):
+        took = {}
+        for memory in ("handed back", "kept"):
+            arguments = [sys.executable, "-c", LONG_STEPS, precision, memory]
+            done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+            took[memory] = float(done.stdout)
+            row(f"a step of 16 crops of 256, {precision}, memory {memory}", f"{took[memory]:.2f} s", "")
+        row("    ratio kept / handed back", f"{took['kept'] / took['handed back']:.2f}", "under 0.8")
+
+
 def bench_phantoms(folder: Path) -> None:
     """Both bundled stacks from nothing."""
     started = time.perf_counter()
@@ -235,6 +271,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "load": in_a_folder(bench_load_stack),
     "patches": bench_patches,
     "training": bench_training,
+    "long-training": bench_long_training,
     "predict": bench_predict,
     "command": in_a_folder(bench_command),
     "volume-workers": lambda: bench_volumes.bench_workers(row),
