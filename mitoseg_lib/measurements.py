@@ -35,7 +35,7 @@ from mitoseg_lib.runs import RESULTS
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.surfaces import boundary_iou
-from mitoseg_lib.trained import KEPT, WAYS, WITH_FOLDS, Bench, Probabilities
+from mitoseg_lib.trained import KEPT, STURDY, WAYS, WITH_FOLDS, Bench, Probabilities
 
 __all__ = [
     "KEPT",
@@ -367,6 +367,8 @@ class Measurement:
 MEASUREMENTS: dict[str, Measurement] = {
     "robustness": Measurement("IoU under changes of the image", _robustness),
     "grey-levels": Measurement("the same, with grey levels brought back to the model's", _grey_levels),
+    "robustness-sturdy": Measurement("robustness after strong augmentation", _robustness, of=STURDY),
+    "grey-levels-sturdy": Measurement("that, with grey levels brought back", _grey_levels, of=STURDY),
     "test-tuning": Measurement("what it feigns to choose on the test stack", _test_tuning),
     "calibration": Measurement("whether probabilities mean what they say", _calibration),
     "seeds": Measurement("seeds and their ensemble", _seeds),

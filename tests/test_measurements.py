@@ -29,7 +29,7 @@ from mitoseg_lib.recording import weights_path
 from mitoseg_lib.robustness import CHANGES
 from mitoseg_lib.runs import run_path
 from mitoseg_lib.splits import cross_validation_folds
-from mitoseg_lib.trained import KEPT, WITH_FOLDS, Bench
+from mitoseg_lib.trained import KEPT, STURDY, WITH_FOLDS, Bench
 from mitoseg_lib.weights import MaskRule, load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_stacks")
@@ -270,6 +270,15 @@ def test_grey_levels_are_brought_back_where_they_have_gone_far(few, monkeypatch)
     near = {point["strength"]: point["iou"] for point in found["contrast"]["curve"]}
     assert near[0.6] == pytest.approx(near[1.0], abs=0.02)
     assert [p["iou"] for p in found["contrast"]["curve"]] != [p["iou"] for p in raw["contrast"]["curve"]]
+
+
+@pytest.mark.parametrize("name", ["robustness", "grey-levels"])
+def test_the_sturdy_recipe_is_measured_by_itself_and_in_the_same_way(folder, figures, name):
+    plain, sturdy = (read_measurement(one, folder) for one in (name, f"{name}-sturdy"))
+    assert [model["name"] for model in plain.models + sturdy.models] == [KEPT, STURDY]
+    assert sturdy.figures["slices"] == plain.figures["slices"]
+    assert [*sturdy.figures["changes"]] == [*plain.figures["changes"]]
+    assert sturdy.figures["changes"] != plain.figures["changes"]
 
 
 @given(st.integers(1, 200))
