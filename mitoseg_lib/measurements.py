@@ -35,12 +35,11 @@ from mitoseg_lib.runs import RESULTS
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.surfaces import boundary_iou
-from mitoseg_lib.trained import KEPT, STURDY, WAYS, WITH_FOLDS, Bench, Probabilities
+from mitoseg_lib.trained import KEPT, STURDY, WAYS, Bench, Probabilities
 
 __all__ = [
     "KEPT",
     "MEASUREMENTS",
-    "WITH_FOLDS",
     "Measured",
     "Measurement",
     "measure",
@@ -317,7 +316,7 @@ def _views_on_folds(bench: Bench) -> Figures:
     medians = sorted({1, choice.median})
     found: dict[tuple[str, int], list[dict[float, Scores]]] = {(way, m): [] for way in WAYS for m in medians}
     for k in range(1, N_FOLDS + 1):
-        name = f"{bench.recipe.chosen_on}-fold-{k}"
+        name = f"{bench.name}-fold-{k}"
         trained, split = bench.trained(name, 0), recipe_named(name).parts(len(stack.image))
         around = _around(split, len(stack.image))
         image, kept = stack.image[around], np.subtract(split.validation, around.start)
@@ -373,7 +372,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "calibration": Measurement("whether probabilities mean what they say", _calibration),
     "seeds": Measurement("seeds and their ensemble", _seeds),
     "views": Measurement("eight turns, three views", _views),
-    "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds, of=WITH_FOLDS),
+    "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds),
     "boundary": Measurement("how much of the error lies at boundaries", _boundary),
     "error-kinds": Measurement("errors by kind", _error_kinds),
     "transfer-to-phantom": Measurement("from tissue to the phantom", _transfer_to_phantom, on_phantom=True),

@@ -372,7 +372,7 @@ def _ladder() -> dict[str, Recipe]:
         for number, split in enumerate(FOLDS, 1):
             shows = f"{rung.shows}, {split}"
             recipes[f"ladder-{name}-fold-{number}"] = replace(rung, shows=shows, split=split, tested=False)
-        # The folds of the long trainings wait for a GPU; what fits the short one is taken for them until then.
+        # Frozen before the test: the long trainings' own folds were run later, so they don't choose any more.
         folds = "together" if name in ("longer", "sturdy") else name
         recipes[f"ladder-{name}"] = replace(rung, split="all", chosen_on=f"ladder-{folds}")
     return recipes

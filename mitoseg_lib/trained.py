@@ -25,11 +25,10 @@ from mitoseg_lib.runs import RESULTS, Preset, read_run, run_path
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.weights import WeightsMetadata, load_weights, read_metadata
 
-__all__ = ["KEPT", "STURDY", "WITH_FOLDS", "Bench", "Trained"]
+__all__ = ["KEPT", "STURDY", "Bench", "Trained"]
 
 KEPT = "ladder-longer"  # the best recipe, whose model is shipped
 STURDY = "ladder-sturdy"  # the same with strong augmentation, for other microscopes
-WITH_FOLDS = "ladder-both"  # the best that was trained on the folds
 SEEDS = (0, 1, 2)
 WAYS = {"plain": predict_stack, "turned": predict_turned, "views": predict_views}
 KEPT_PREDICTIONS = 4  # of the last ones, in memory: 0.5 GB each for EPFL's stack

@@ -12,12 +12,12 @@ from mitoseg_lib.metrics import Scores
 from mitoseg_lib.recipes import recipe_named
 from mitoseg_lib.recording import weights_path
 from mitoseg_lib.runs import RESULTS, read_run
-from mitoseg_lib.trained import KEPT, STURDY, WITH_FOLDS
+from mitoseg_lib.trained import KEPT, STURDY
 from mitoseg_lib.weights import MaskRule, save_weights
 
 CHOICE = Choice(median=3, threshold=0.4)  # what the folds' figures say below
 SEEDS = (0, 2)
-FOLDS_OF = {recipe_named(name).chosen_on for name in (KEPT, STURDY, WITH_FOLDS)}
+FOLDS_OF = {recipe_named(name).chosen_on for name in (KEPT, STURDY)}
 LEVELS = {1: 80, 2: 100, 3: 110, 4: 130}  # of the folds' models: what is brighter is foreground
 
 
@@ -39,9 +39,9 @@ def write_choice(folder, choice=CHOICE):
 def write_runs(folder):
     """All that any measurement needs."""
     write_choice(folder)
-    for name, seed in itertools.product((KEPT, STURDY, WITH_FOLDS), SEEDS):
+    for name, seed in itertools.product((KEPT, STURDY), SEEDS):
         write_run(folder, name, seed, random_unet(seed + 10 * (name == STURDY)))
     for k, level in LEVELS.items():
-        write_run(folder, f"{WITH_FOLDS}-fold-{k}", 0, grey_unet(level))
+        write_run(folder, f"{KEPT}-fold-{k}", 0, grey_unet(level))
     write_run(folder / "phantom", FROM_PHANTOM, 0, grey_unet(100))
     return folder

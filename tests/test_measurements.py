@@ -29,7 +29,7 @@ from mitoseg_lib.recording import weights_path
 from mitoseg_lib.robustness import CHANGES
 from mitoseg_lib.runs import run_path
 from mitoseg_lib.splits import cross_validation_folds
-from mitoseg_lib.trained import KEPT, STURDY, WITH_FOLDS, Bench
+from mitoseg_lib.trained import KEPT, STURDY, Bench
 from mitoseg_lib.weights import MaskRule, load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_stacks")
@@ -170,7 +170,7 @@ def test_without_weights_a_sentence_names_the_command_that_makes_them(tmp_path, 
     write_choice(tmp_path)
     with pytest.raises(ValueError, match="weights are needed; make them with `mitoseg run") as raised:
         measure(name, data="phantom", folder=tmp_path)
-    others = {"views-on-folds": f"{WITH_FOLDS}-fold-1", "transfer-from-phantom": FROM_PHANTOM}
+    others = {"views-on-folds": f"{KEPT}-fold-1", "transfer-from-phantom": FROM_PHANTOM}
     run = others.get(name, MEASUREMENTS[name].of)
     where = tmp_path / "phantom" if name == "transfer-from-phantom" else tmp_path
     assert f"`mitoseg run {run} --seed 0 --data phantom --output {where}`" in str(raised.value)
@@ -409,7 +409,7 @@ def test_views_on_folds_are_pooled_over_what_validates(folder, figures):
     found = {}
     for k, fold in zip(LEVELS, folds, strict=True):
         part = train.slices(fold.validation)
-        found[k] = predict_stack(loaded(folder, f"{WITH_FOLDS}-fold-{k}"), part.image), part.labels
+        found[k] = predict_stack(loaded(folder, f"{KEPT}-fold-{k}"), part.image), part.labels
     for row in rows[:2]:
         counts = {
             t: [scores(filtered(values, row["median"]) >= np.float32(t), truth) for values, truth in found.values()]
