@@ -27,6 +27,7 @@ from mitoseg_lib.files import write_whole
 from mitoseg_lib.grey import grey_range, to_grey_range
 from mitoseg_lib.inference import median_filter_z, threshold_scores
 from mitoseg_lib.instances import label_instances, match_objects
+from mitoseg_lib.ladder import read_rung
 from mitoseg_lib.metrics import Scores, scores
 from mitoseg_lib.recipes import N_FOLDS, recipe_named
 from mitoseg_lib.recording import describe_data, device_name
@@ -35,7 +36,7 @@ from mitoseg_lib.runs import RESULTS
 from mitoseg_lib.splits import Split
 from mitoseg_lib.stacks import Stack
 from mitoseg_lib.surfaces import boundary_iou
-from mitoseg_lib.trained import KEPT, STURDY, WAYS, Bench, Probabilities
+from mitoseg_lib.trained import KEPT, STURDY, Bench, Probabilities
 
 __all__ = [
     "KEPT",
@@ -49,6 +50,8 @@ __all__ = [
 
 FROM_PHANTOM = "lite0-imagenet-finetuned"  # the recipe that is trained on the phantom, too, in a folder of its own
 OF_GREY_LEVELS = ("brightness", "contrast", "noise", "blur")  # changes that leave all voxels where they are
+SINGLE = "ladder-careful"  # the recipe that is best on the folds among those that see single slices
+VIEWS = ("plain", "turned", "views")
 BLOCKS, BLOCK_SLICES = 3, 11  # of the test stack, for robustness: a fifth of it, with neighbours
 
 Figures = dict[str, Any]
@@ -253,7 +256,7 @@ def _seeds(bench: Bench) -> Figures:
 
 def _views(bench: Bench) -> Figures:
     """Each way to predict."""
-    return _in_ways(bench, list(WAYS))
+    return _in_ways(bench, VIEWS)
 
 
 def _in_ways(bench: Bench, ways: Sequence[str]) -> Figures:
@@ -312,21 +315,50 @@ def _boundary(bench: Bench) -> Figures:
 
 def _views_on_folds(bench: Bench) -> Figures:
     """Each way to predict on the slices that validate, pooled over the folds: where to choose one of them."""
-    choice, stack = bench.choice, bench.stack("train")
-    medians = sorted({1, choice.median})
-    found: dict[tuple[str, int], list[dict[float, Scores]]] = {(way, m): [] for way in WAYS for m in medians}
+    medians = sorted({1, bench.choice.median})
+    found = _on_folds(bench, bench.name, VIEWS, medians)
+    rows = [{"predicted": way, "median": median} | _over_folds(folds) for (way, median), folds in found.items()]
+    return {"choice": dataclasses.asdict(bench.choice), "rows": rows}
+
+
+def _on_folds(
+    bench: Bench, recipe: str, ways: Sequence[str], medians: Sequence[int]
+) -> dict[tuple[str, int], list[dict[float, Scores]]]:
+    """Counts at each threshold, for each fold, of the slices that validate, by way to predict and median."""
+    stack = bench.stack("train")
+    found: dict[tuple[str, int], list[dict[float, Scores]]] = {(way, m): [] for way in ways for m in medians}
     for k in range(1, N_FOLDS + 1):
-        name = f"{bench.name}-fold-{k}"
+        name = f"{recipe}-fold-{k}"
         trained, split = bench.trained(name, 0), recipe_named(name).parts(len(stack.image))
         around = _around(split, len(stack.image))
         image, kept = stack.image[around], np.subtract(split.validation, around.start)
         truth = stack.require_labels()[list(split.validation)]
-        for way in WAYS:
+        for way in ways:
             probabilities = bench.predict(trained, image, way)[kept]
             for median in medians:
                 found[way, median].append(threshold_scores(median_filter_z(probabilities, median), truth))
-    rows = [{"predicted": way, "median": median} | _over_folds(folds) for (way, median), folds in found.items()]
-    return {"choice": dataclasses.asdict(choice), "rows": rows}
+    return found
+
+
+def _single_slices(bench: Bench) -> Figures:
+    """Networks that know neighbours, given single slices, beside one that learned from these; no median.
+
+    Each on its folds, with the threshold that is best there, and with that on the test stack.
+    """
+    rows = []
+    for name in (KEPT, STURDY):
+        [folds] = _on_folds(bench, name, ["alone"], [1]).values()
+        rows.append({"name": name} | _over_folds(folds))
+    rung = read_rung(SINGLE, bench.folder)
+    if rung is None:
+        names = f"{SINGLE}-fold-1 to -{N_FOLDS}"
+        raise ValueError(f"the recorded runs {names}, seed 0, aren't all there, but are needed; make them first.")
+    rows.append({"name": SINGLE, "threshold": rung.choice.threshold, "fold_ious": list(rung.ious)})
+    test, truth = bench.stack("test").image, bench.stack("test").require_labels()
+    for row in rows:
+        found = bench.predict(bench.trained(row["name"], 0), test, "alone")
+        row["test_iou"] = scores(found >= np.float32(row["threshold"]), truth).iou
+    return {"rows": rows}
 
 
 def _transfer_to_phantom(bench: Bench) -> Figures:
@@ -373,6 +405,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "seeds": Measurement("seeds and their ensemble", _seeds),
     "views": Measurement("eight turns, three views", _views),
     "views-on-folds": Measurement("turns and views where choices are made", _views_on_folds),
+    "single-slices": Measurement("single slices in place of three", _single_slices),
     "boundary": Measurement("how much of the error lies at boundaries", _boundary),
     "error-kinds": Measurement("errors by kind", _error_kinds),
     "transfer-to-phantom": Measurement("from tissue to the phantom", _transfer_to_phantom, on_phantom=True),

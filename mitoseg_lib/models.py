@@ -5,6 +5,7 @@ above 0 a voxel is more likely mitochondrion than not. None of them changes the 
 of the model's `size_multiple`; `mitoseg_lib.inference.predict_stack` pads.
 """
 
+import copy
 import os
 from collections.abc import Iterable
 from itertools import pairwise
@@ -23,6 +24,7 @@ __all__ = [
     "calibrate_encoder",
     "count_parameters",
     "encoder_unet",
+    "for_single_slices",
     "freeze_encoder",
     "resnet34_unet",
     "unfreeze_encoder",
@@ -215,6 +217,18 @@ class EncoderUNet(nn.Module):
         if self.encoder_frozen:
             self.encoder.eval()
         return self
+
+
+def for_single_slices(model: nn.Module) -> nn.Module:
+    """Return a network with the same weights that takes single slices, each of which stands in for its neighbours.
+
+    A network that takes single slices already is returned itself.
+    """
+    if getattr(model, "n_slices", 1) == 1:
+        return model
+    alone = copy.copy(model)  # its layers and weights are the model's own
+    alone.n_slices = 1  # one channel is repeated three times
+    return alone
 
 
 def resnet34_unet(weights: FilePath | None = "imagenet", frozen: bool = True) -> EncoderUNet:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mitoseg_lib.errors import FilePath
 from mitoseg_lib.files import write_whole
-from mitoseg_lib.models import EncoderUNet
+from mitoseg_lib.models import EncoderUNet, for_single_slices
 from mitoseg_lib.weights import WeightsError, load_weights
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ INPUT, OUTPUT = "slices", "logits"
 SMALLEST_HALVED = 1000  # numbers of a tensor; for fewer the bytes aren't worth an operation more
 
 
-def export_onnx(target: FilePath, weights: FilePath | None = None) -> None:
+def export_onnx(target: FilePath, weights: FilePath | None = None, *, single_slices: bool = False) -> None:
     """Write a trained U-Net with an encoder as an ONNX file.
 
     Its input, ``slices``, are float32 grey levels in [0, 1], (n, channels, y, x), with 3 channels for a model that sees
@@ -51,6 +51,8 @@ def export_onnx(target: FilePath, weights: FilePath | None = None) -> None:
         Path of the file; an existing one is replaced.
     weights
         See `mitoseg_lib.weights.load_weights`; None is the model that comes with the library.
+    single_slices
+        A model that sees neighbours is given one channel, a slice that stands in for them, too.
 
     Raises
     ------
@@ -67,7 +69,7 @@ def export_onnx(target: FilePath, weights: FilePath | None = None) -> None:
             f"{Path(weights or '').name} holds a {type(model).__name__}, but a U-Net with an encoder was expected; use"
             " another file."
         )
-    exported = onnx.load_from_string(_exported(model))
+    exported = onnx.load_from_string(_exported(for_single_slices(model) if single_slices else model))
     _forget_origins(exported)
     onnx.checker.check_model(exported, full_check=True)
     write_whole(Path(target), exported.SerializeToString())

@@ -44,8 +44,8 @@ __all__ = [
 
 ASSUMED_NM = (5.0, 5.0, 5.0)
 ONE_SLICE = (
-    "this model compares a slice with the ones above and below it, and here is one only, which makes it much worse;"
-    " the course's data/weights/single_slices.safetensors (--weights) has learned from single slices"
+    "this model compares a slice with the ones above and below it, and here is one only, which stands in for them, too;"
+    " a stack gives a better mask"
 )
 SLAB = 8  # slices at a time, as many as a chunk of the written Zarr has
 LARGEST_SLAB = 2**28  # bytes of input as float32 that are read at a time, unless a single slice is larger

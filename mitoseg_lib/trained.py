@@ -19,6 +19,7 @@ from torch import nn
 from mitoseg_lib.choices import Choice
 from mitoseg_lib.files import hash_path
 from mitoseg_lib.inference import predict_stack, predict_turned, predict_views
+from mitoseg_lib.models import for_single_slices
 from mitoseg_lib.recipes import Recipe, recipe_named
 from mitoseg_lib.recording import first_choice, weights_path
 from mitoseg_lib.runs import RESULTS, Preset, read_run, run_path
@@ -27,13 +28,20 @@ from mitoseg_lib.weights import WeightsMetadata, load_weights, read_metadata
 
 __all__ = ["KEPT", "STURDY", "Bench", "Trained"]
 
-KEPT = "ladder-longer"  # the best recipe, whose model is shipped
-STURDY = "ladder-sturdy"  # the same with strong augmentation, for other microscopes
+KEPT = "ladder-longer"  # the best recipe on the same tissue, which chapter 7 takes apart
+STURDY = "ladder-sturdy"  # the same with strong augmentation, for other microscopes: its model is shipped
 SEEDS = (0, 1, 2)
-WAYS = {"plain": predict_stack, "turned": predict_turned, "views": predict_views}
 KEPT_PREDICTIONS = 4  # of the last ones, in memory: 0.5 GB each for EPFL's stack
 
 Probabilities = NDArray[np.float32]
+
+
+def _predict_alone(model: nn.Module, image: NDArray[np.uint8], **options: Any) -> Probabilities:
+    """Predict with each slice in place of its neighbours."""
+    return predict_stack(for_single_slices(model), image, **options)
+
+
+WAYS = {"plain": predict_stack, "turned": predict_turned, "views": predict_views, "alone": _predict_alone}
 
 
 @dataclass(frozen=True)

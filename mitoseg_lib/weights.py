@@ -40,7 +40,6 @@ __all__ = [
 
 KEY, FORMAT = "mitoseg", 1  # of the header; one key, since safetensors writes several in any order
 SHIPPED = "efficientnet_lite0.safetensors"
-SINGLE_SLICES = "single_slices.safetensors"  # of the book's page, which is given one slice; not in the wheel
 LARGEST_HALF = torch.finfo(torch.float16).max
 # Estimates of variances that lie outside what 16 bits can hold would make a layer infinite; they are few.
 KEPT_IN_FULL = ("running_mean", "running_var")

@@ -7,7 +7,7 @@ from small_models import grey_unet, random_unet
 
 from mitoseg_lib.choices import Choice, write_choices
 from mitoseg_lib.datasets import describe_example
-from mitoseg_lib.measurements import FROM_PHANTOM
+from mitoseg_lib.measurements import FROM_PHANTOM, SINGLE
 from mitoseg_lib.metrics import Scores
 from mitoseg_lib.recipes import recipe_named
 from mitoseg_lib.recording import weights_path
@@ -17,7 +17,7 @@ from mitoseg_lib.weights import MaskRule, save_weights
 
 CHOICE = Choice(median=3, threshold=0.4)  # what the folds' figures say below
 SEEDS = (0, 2)
-FOLDS_OF = {recipe_named(name).chosen_on for name in (KEPT, STURDY)}
+FOLDS_OF = {recipe_named(name).chosen_on for name in (KEPT, STURDY, SINGLE)}
 LEVELS = {1: 80, 2: 100, 3: 110, 4: 130}  # of the folds' models: what is brighter is foreground
 
 
@@ -41,7 +41,8 @@ def write_runs(folder):
     write_choice(folder)
     for name, seed in itertools.product((KEPT, STURDY), SEEDS):
         write_run(folder, name, seed, random_unet(seed + 10 * (name == STURDY)))
-    for k, level in LEVELS.items():
-        write_run(folder, f"{KEPT}-fold-{k}", 0, grey_unet(level))
+    write_run(folder, SINGLE, 0, random_unet(20))
+    for name, (k, level) in itertools.product((KEPT, STURDY, SINGLE), LEVELS.items()):
+        write_run(folder, f"{name}-fold-{k}", 0, grey_unet(level))
     write_run(folder / "phantom", FROM_PHANTOM, 0, grey_unet(100))
     return folder

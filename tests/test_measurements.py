@@ -22,7 +22,15 @@ from mitoseg_lib.datasets import describe_example
 from mitoseg_lib.error_kinds import errors_by_kind
 from mitoseg_lib.grey import grey_range
 from mitoseg_lib.inference import predict_stack, predict_turned, predict_views
-from mitoseg_lib.measurements import FROM_PHANTOM, MEASUREMENTS, Measured, measure, measurement_path, read_measurement
+from mitoseg_lib.measurements import (
+    FROM_PHANTOM,
+    MEASUREMENTS,
+    SINGLE,
+    Measured,
+    measure,
+    measurement_path,
+    read_measurement,
+)
 from mitoseg_lib.metrics import iou, scores
 from mitoseg_lib.recipes import RECIPES
 from mitoseg_lib.recording import weights_path
@@ -170,7 +178,8 @@ def test_without_weights_a_sentence_names_the_command_that_makes_them(tmp_path, 
     write_choice(tmp_path)
     with pytest.raises(ValueError, match="weights are needed; make them with `mitoseg run") as raised:
         measure(name, data="phantom", folder=tmp_path)
-    others = {"views-on-folds": f"{KEPT}-fold-1", "transfer-from-phantom": FROM_PHANTOM}
+    first = f"{KEPT}-fold-1"
+    others = {"views-on-folds": first, "single-slices": first, "transfer-from-phantom": FROM_PHANTOM}
     run = others.get(name, MEASUREMENTS[name].of)
     where = tmp_path / "phantom" if name == "transfer-from-phantom" else tmp_path
     assert f"`mitoseg run {run} --seed 0 --data phantom --output {where}`" in str(raised.value)
@@ -427,6 +436,23 @@ def test_a_model_of_grey_levels_sees_the_same_in_every_view(figures):
     plain, _, turned, _, views, _ = [row["by_threshold"] for row in figures["views-on-folds"]["rows"]]
     for other in (turned, views):
         assert [point["iou"] for point in other] == pytest.approx([point["iou"] for point in plain], abs=1e-4)
+
+
+def test_single_slices_are_judged_on_folds_first(folder, figures):
+    rows = figures["single-slices"]["rows"]
+    assert [row["name"] for row in rows] == [KEPT, STURDY, SINGLE]
+    plain = figures["views-on-folds"]["rows"][0]  # of the same small models, which know no neighbours
+    assert rows[0]["fold_ious"] == plain["fold_ious"] and rows[0]["threshold"] == plain["threshold"]
+    assert len(rows[2]["fold_ious"]) == 4 and rows[2]["threshold"] == 0.5  # of the choices that were written
+    for row in rows:
+        found = predict_stack(loaded(folder, row["name"]), coded_stack("phantom", "test").image)
+        assert row["test_iou"] == pytest.approx(iou(found >= np.float32(row["threshold"]), TRUTH), abs=1e-6)
+
+
+def test_single_slices_want_all_folds_of_the_network_that_learned_from_them(few):
+    run_path(f"{SINGLE}-fold-3", 0, few).unlink()
+    with pytest.raises(ValueError, match=rf"the recorded runs {SINGLE}-fold-1 to -4, seed 0, aren't all there"):
+        measure("single-slices", data="phantom", folder=few)
 
 
 @given(st.integers(8, 200), st.integers(0, 10), st.integers(0, 3))

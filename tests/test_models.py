@@ -14,6 +14,7 @@ from mitoseg_lib.models import (
     calibrate_encoder,
     count_parameters,
     encoder_unet,
+    for_single_slices,
     freeze_encoder,
     resnet34_unet,
     unfreeze_encoder,
@@ -204,6 +205,17 @@ def test_the_grey_channel_is_repeated_and_scaled_as_the_encoder_was_trained():
         colour = torch.cat([(image - m) / s for m, s in zip(mean, sd, strict=True)], dim=1)
         with torch.no_grad():
             assert torch.allclose(model(image), reference(colour), rtol=1e-4, atol=1e-3)
+
+
+def test_a_slice_can_stand_in_for_its_neighbours():
+    model = encoder_unet("efficientnet_lite0", weights=None, neighbours=True).eval()
+    alone, slices = for_single_slices(model), torch.rand(LITE0_INPUT)
+    assert (model.n_slices, alone.n_slices) == (3, 1)
+    with torch.no_grad():
+        assert torch.equal(alone(slices), model(slices.repeat(1, 3, 1, 1)))
+    assert alone.decoder is model.decoder and for_single_slices(alone) is alone
+    unet = UNet(2, width=2, depth=1)
+    assert for_single_slices(unet) is unet
 
 
 def test_encoders_refuse_impossible_inputs():

@@ -118,6 +118,15 @@ def test_a_network_without_neighbours_takes_one_channel(tmp_path, lite0_alone):
     assert (network(slices) - expected).abs().max() < 1e-3
 
 
+def test_a_network_with_neighbours_can_be_given_single_slices(model, tmp_path):
+    export_onnx(tmp_path / "one.onnx", single_slices=True)
+    network, slices = OnnxNetwork(tmp_path / "one.onnx"), noise(2, 1, 64, 96)
+    assert network.n_slices == 1
+    with torch.no_grad():
+        expected = model(slices.repeat(1, 3, 1, 1))
+    assert (network(slices) - expected).abs().max() < 1e-3
+
+
 @pytest.fixture
 def lite0_alone():
     from mitoseg_lib.models import encoder_unet

@@ -17,9 +17,9 @@ from mitoseg_lib.inference import median_filter_z, predict_stack
 from mitoseg_lib.metrics import iou
 from mitoseg_lib.prediction import Segmenter
 from mitoseg_lib.readers import open_reader
-from mitoseg_lib.runs import RESULTS, read_masks, read_run, run_path
+from mitoseg_lib.runs import RESULTS, read_masks, run_path
 from mitoseg_lib.stacks import read_mask
-from mitoseg_lib.weights import SINGLE_SLICES, load_weights, read_metadata, shipped_weights
+from mitoseg_lib.weights import load_weights, shipped_weights
 
 CARD = (ship.FOLDER / "README.md").read_text()
 
@@ -47,14 +47,6 @@ def test_the_rule_is_the_recorded_run_s(run):
     median = re.search(r"median over (\d+) slices", run.model)
     assert metadata.threshold == run.threshold and metadata.median == (int(median[1]) if median else 1)
     assert ship.chosen(run, RESULTS).median == metadata.median
-
-
-def test_the_page_s_model_is_small_and_its_rule_is_its_folds():
-    path = ship.FOLDER / SINGLE_SLICES
-    metadata, run = read_metadata(path), read_run(run_path("ladder-careful", 0))
-    assert path.stat().st_size <= 12e6 and metadata.options == {} and metadata.median == 1
-    assert metadata.threshold == ship.chosen_without_median(run, RESULTS).threshold
-    assert "`ladder-careful`" in CARD and SINGLE_SLICES in CARD
 
 
 def test_the_card_s_figures_are_the_recorded_run_s(run):

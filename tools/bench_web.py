@@ -16,12 +16,12 @@ from playwright.sync_api import Browser, sync_playwright
 from torch import nn
 
 import book
-import demo
 import screenshots
 from mitoseg_lib.datasets import load_epfl, load_example
 from mitoseg_lib.inference import predict_stack
 from mitoseg_lib.memory import reuse_memory
 from mitoseg_lib.metrics import iou
+from mitoseg_lib.models import for_single_slices
 from mitoseg_lib.onnx_export import OnnxNetwork, export_onnx, halve_onnx, quantise_onnx
 from mitoseg_lib.prediction import Segmenter
 from mitoseg_lib.stacks import Stack
@@ -40,7 +40,7 @@ def with_neighbours(stack: Stack, side: int = 384, step: int = 4) -> np.ndarray:
 
 
 def bench_onnx(row: Row) -> None:
-    """Size, time and test IoU of the shipped model's forms and of the page's model; with MITOSEG_DATA on EPFL's."""
+    """Size, time and test IoU of the shipped model's forms, the page's among them; with MITOSEG_DATA on EPFL's, too."""
     reuse_memory()
     stacks = {"phantom": {part: load_example(part) for part in ("train", "test")}}
     if os.environ.get("MITOSEG_DATA"):
@@ -77,17 +77,15 @@ def forms(folder: Path, stacks: dict[str, dict[str, Stack]]) -> Iterator[tuple[s
 
 
 def of_single_slices(test: Stack, folder: Path) -> dict[str, float]:
-    """Test IoU without neighbours and median, of the shipped model and of the page's, in PyTorch and as in the page."""
-    shipped, own = (Segmenter.load(path, device="cpu") for path in (None, demo.WEIGHTS))
-    export_onnx(folder / "page.onnx", demo.WEIGHTS)
+    """Test IoU of slices one by one, each in place of its neighbours, in PyTorch and as in the page; no median."""
+    segmenter = Segmenter.load(device="cpu")
+    export_onnx(folder / "page.onnx", single_slices=True)
     halve_onnx(folder / "page.onnx", folder / "page16.onnx")
-    alone = np.repeat(test.image[:, np.newaxis], 3, axis=1)  # each slice stands in for its neighbours
-    answers = {
-        "shipped": (predict_stack(shipped.model, alone, precision="fp32"), shipped.threshold),
-        "page": (predict_stack(own.model, test.image, precision="fp32"), own.threshold),
-        "page, 16 bits": (predict_stack(OnnxNetwork(folder / "page16.onnx"), test.image), own.threshold),
+    models = {"PyTorch": for_single_slices(segmenter.model), "page": OnnxNetwork(folder / "page16.onnx")}
+    return {
+        name: iou(predict_stack(model, test.image, precision="fp32") >= segmenter.threshold, test.labels)
+        for name, model in models.items()
     }
-    return {name: iou(found >= threshold, test.labels) for name, (found, threshold) in answers.items()}
 
 
 def seconds_of(model: nn.Module) -> float:

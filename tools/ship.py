@@ -1,8 +1,7 @@
 """Make a recorded run's model the one that comes with the library: ``python tools/ship.py NAME SEED``.
 
 Its weights go to ``data/weights/`` with their sha256 and the rule that its folds chose, and its figures into the model
-card there, so that nothing in the card is written by hand. With ``--single-slices`` it becomes the model of the book's
-page instead, which is given one slice at a time: its rule is the best one without a median.
+card there, so that nothing in the card is written by hand.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from mitoseg_lib.files import write_whole
 from mitoseg_lib.recipes import N_FOLDS, recipe_named
 from mitoseg_lib.recording import weights_path
 from mitoseg_lib.runs import RESULTS, RecordedRun, read_run, run_path
-from mitoseg_lib.weights import SHIPPED, SINGLE_SLICES, MaskRule, WeightsMetadata, load_weights, save_weights
+from mitoseg_lib.weights import SHIPPED, MaskRule, WeightsMetadata, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "data" / "weights"
@@ -35,12 +34,6 @@ def chosen(run: RecordedRun, folder: Path) -> Choice:
     if turned:
         raise SystemExit(f"{run.name} averages over 8 turns, but weights can't ask for that; ship another run.")
     return choice
-
-
-def chosen_without_median(run: RecordedRun, folder: Path) -> Choice:
-    """How the run's probabilities of single slices become a mask, as its folds say."""
-    counts = pooled(read_choices(f"{run.name}-fold-{k}", 0, folder) for k in range(1, N_FOLDS + 1))
-    return best_choice({one: found for one, found in counts.items() if one.median == 1 and not one.turned})
 
 
 def ship_weights(run: RecordedRun, choice: Choice, folder: Path, path: Path) -> WeightsMetadata:
@@ -96,12 +89,8 @@ def main() -> None:
     parser.add_argument("name", help="of a recorded run")
     parser.add_argument("seed", type=int)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of recorded runs and their weights")
-    parser.add_argument("--single-slices", action="store_true", help="make it the model of the book's page")
     arguments = parser.parse_args()
     run, folder = read_run(run_path(arguments.name, arguments.seed, arguments.results)), arguments.results
-    if arguments.single_slices:
-        ship_weights(run, chosen_without_median(run, folder), folder, FOLDER / SINGLE_SLICES)
-        return
     metadata = ship_weights(run, chosen(run, folder), folder, FOLDER / SHIPPED)
     card = FOLDER / "README.md"
     write_whole(card, fill(card.read_text(), figures(run, metadata)).encode())
