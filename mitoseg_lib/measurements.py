@@ -343,12 +343,15 @@ def _on_folds(
 def _single_slices(bench: Bench) -> Figures:
     """Networks that know neighbours, given single slices, beside one that learned from these; no median.
 
-    Each on its folds, with the threshold that is best there, and with that on the test stack.
+    Each on its folds, with the threshold that is best there, and with that on the test stack; for comparison there
+    with its neighbours, and the threshold that was chosen for them.
     """
     rows = []
     for name in (KEPT, STURDY):
         [folds] = _on_folds(bench, name, ["alone"], [1]).values()
-        rows.append({"name": name} | _over_folds(folds))
+        found = bench.on_test(bench.trained(name, 0), "plain") >= np.float32(bench.choice.threshold)
+        with_neighbours = scores(found, bench.stack("test").require_labels()).iou
+        rows.append({"name": name, "test_iou_with_neighbours": with_neighbours} | _over_folds(folds))
     rung = read_rung(SINGLE, bench.folder)
     if rung is None:
         names = f"{SINGLE}-fold-1 to -{N_FOLDS}"

@@ -13,6 +13,7 @@ from mitoseg_lib.datasets import load_example
 from mitoseg_lib.grey import grey_range, to_grey_range
 from mitoseg_lib.metrics import iou
 from mitoseg_lib.prediction import Segmenter
+from mitoseg_lib.weights import read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "chapters/try_it.html"
@@ -200,7 +201,8 @@ def test_everything_can_be_done_by_keyboard(browser, address):
         page.keyboard.press("ArrowRight")
     after = page.inner_text('[data-part="status"]')
     share = [float(said.split()[0]) for said in (before, after)]
-    assert share[1] < share[0] and page.inner_text('[data-part="shown-threshold"]') == "0.50"
+    expected = read_metadata().threshold + 0.10
+    assert share[1] < share[0] and page.inner_text('[data-part="shown-threshold"]') == f"{expected:.2f}"
     assert f"{share[1]} %" in page.get_attribute('[data-part="canvas"]', "aria-label")
     page.close()
 

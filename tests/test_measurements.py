@@ -443,6 +443,10 @@ def test_single_slices_are_judged_on_folds_first(folder, figures):
     assert [row["name"] for row in rows] == [KEPT, STURDY, SINGLE]
     plain = figures["views-on-folds"]["rows"][0]  # of the same small models, which know no neighbours
     assert rows[0]["fold_ious"] == plain["fold_ious"] and rows[0]["threshold"] == plain["threshold"]
+    for row in rows[:2]:
+        plain = predict_stack(loaded(folder, row["name"]), coded_stack("phantom", "test").image)
+        expected = iou(plain >= np.float32(CHOICE.threshold), TRUTH)
+        assert row["test_iou_with_neighbours"] == pytest.approx(expected, abs=1e-6)
     assert len(rows[2]["fold_ious"]) == 4 and rows[2]["threshold"] == 0.5  # of the choices that were written
     for row in rows:
         found = predict_stack(loaded(folder, row["name"]), coded_stack("phantom", "test").image)
