@@ -9,7 +9,8 @@ UV := .venv/bin/uv
 .venv/.installed: requirements.txt pyproject.toml
 	@echo "Installing into .venv (a few minutes the first time; nothing to do after that) ..."
 	@test -x $(UV) || { python3 -m venv .venv && .venv/bin/python -m pip install --quiet --disable-pip-version-check uv; }
-	@$(UV) pip sync --quiet --python $(PYTHON) requirements.txt
+	@# Compiled at once, by all cores: else Python does it at the first import, and at each one where it may not write.
+	@$(UV) pip sync --quiet --compile-bytecode --python $(PYTHON) requirements.txt
 	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
 	@touch $@
 
